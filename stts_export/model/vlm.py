@@ -1,0 +1,94 @@
+"""The whole model: clip in, window features and answers out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stts_export.config import ModelConfig
+from stts_export.model.language import Decoder
+from stts_export.model.pruning import PackPlan, n_prune, pack, select
+from stts_export.model.vision import VisionTower
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """Vision output of one clip."""
+
+    hidden: Tensor
+    """(T, W*G, D) after block prune_at + 1."""
+    scores: Tensor | None
+    """(T, W) f32; None when the checkpoint has no scorer."""
+    keep: Tensor
+    """(T, W) bool."""
+    features: Tensor
+    """(K, C), frame-major: what is added to the `<im_patch>` embeddings."""
+    plan: PackPlan | None
+    """None when nothing was removed."""
+
+
+class SttsModel(nn.Module):
+    """Vision tower with pruning, and decoder."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config)
+        self.language = Decoder(config)
+
+    def encode(
+        self,
+        frames: Tensor,
+        prune_ratio: float,
+        *,
+        refill: bool = True,
+        keep: Tensor | None = None,
+    ) -> EncodedClip:
+        """Encode one clip.
+
+        Args:
+            frames: (T, height, width, 3) uint8 at the model's size.
+            prune_ratio: fraction of windows to remove, in [0, 1).
+            refill: see `pruning.pack`.
+            keep: (T, W) bool; decides in place of the scores, for comparisons given a mask.
+        """
+        vision = self.vision.config
+        count = n_prune(vision.windows, len(frames), prune_ratio) if vision.pruning else 0
+        if keep is not None:
+            count = int((~keep).sum())
+        scores, hidden = None, None
+        if vision.pruning:
+            fresh = torch.full((len(frames),), count == 0, device=frames.device)
+            fresh[0] = True
+            prev = torch.zeros(1, vision.windows, vision.hidden_size, device=frames.device)
+            hidden, scores, _ = self.vision.lower(frames, fresh, prev)
+        else:
+            hidden = self.vision.lower_plain(frames)
+        if count == 0:
+            full = torch.ones(len(frames), vision.windows, dtype=torch.bool, device=frames.device)
+            return EncodedClip(hidden, scores, full, self.vision.upper(hidden).flatten(0, 1), None)
+        assert scores is not None
+        if keep is None:
+            keep = select(scores, count)
+        plan = pack(keep, refill=refill)
+        windows = hidden.unflatten(1, (vision.windows, -1)).flatten(0, 1)  # (T*W, G, D)
+        bins = windows[plan.gather_window].flatten(1, 2)  # (B, W, G, D) -> (B, W*G, D)
+        features = self.vision.upper(bins, plan.segment).flatten(0, 1)[plan.kept_slot]
+        return EncodedClip(hidden, scores, keep, features, plan)
+
+    def visual_groups(self, ids: Tensor) -> Tensor:
+        """0 for visual tokens, -1 for text; for prompts with one clip. (N, L) to (N, L)."""
+        visual = torch.tensor(self.config.tokens.visual, device=ids.device)
+        return torch.isin(ids, visual).long() - 1
+
+    def greedy(self, ids: Tensor, features: Tensor, max_new_tokens: int) -> list[int]:
+        """Continue one compact prompt (L,) by the most likely token; recomputes, so for checks."""
+        sequence = ids[None]
+        groups = self.visual_groups(sequence)
+        for _ in range(max_new_tokens):
+            token = self.language(sequence, features, groups)[:, -1].argmax(-1, keepdim=True)
+            sequence = torch.cat([sequence, token], dim=1)
+            groups = torch.cat([groups, torch.full_like(token, -1)], dim=1)
+        return sequence[0, len(ids) :].tolist()
