@@ -56,19 +56,18 @@ class DecoderBlock(nn.Module):
     ) -> Tensor:
         """Self-attention of normed `x` (N, L, C); `mask` (N, 1, L, keys) bool as in SDPA."""
         d, heads, kv_heads = self.config.head_dim, self.config.num_heads, self.config.num_kv_heads
-        q, k, v = self.att_proj(x).split([heads * d, kv_heads * d, kv_heads * d], dim=-1)
+        dtype = self.att_proj.weight.dtype
+        q, k, v = self.att_proj(x.to(dtype)).split([heads * d, kv_heads * d, kv_heads * d], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, d)) for part in (q, k, v))
-        # Norm and rotation in the norm's precision, attention in the model's.
-        precise = self.q_norm.weight.dtype
-        q = rotate(self.q_norm(q.to(precise)).transpose(1, 2), *rotary).to(x.dtype)
-        k = rotate(self.k_norm(k.to(precise)).transpose(1, 2), *rotary).to(x.dtype)
+        q = rotate(self.q_norm(q).transpose(1, 2), *rotary).to(dtype)
+        k = rotate(self.k_norm(k).transpose(1, 2), *rotary).to(dtype)
         k, v = write(k, v.transpose(1, 2))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
         return self.attn_out(out.transpose(1, 2).flatten(2))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """SwiGLU; the second half of `ff_proj` is the gate."""
-        up, gate = self.ff_proj(x).chunk(2, dim=-1)
+        up, gate = self.ff_proj(x.to(self.ff_proj.weight.dtype)).chunk(2, dim=-1)
         return self.ff_out(F.silu(gate) * up)
 
 
@@ -132,7 +131,7 @@ class Decoder(nn.Module):
 
             x = x + block.attend(block.attn_norm(x), rotary, mask, write_layer, rotate)
             x = x + block.feed_forward(block.ff_norm(x))
-        return self.norm(x)
+        return self.norm(x).to(x.dtype)
 
     def forward(self, ids: Tensor, features: Tensor, visual_group: Tensor) -> Tensor:
         """Logits of whole sequences, without a cache.

@@ -37,8 +37,10 @@ class MultiHeadAttention(nn.Module):
             mask: broadcastable to (N, H, Lq, Lk); bool (True = may attend) or added to the logits.
 
         Returns:
-            (N, Lq, width).
+            (N, Lq, width) in the type of the weights.
         """
+        dtype = self.wq.weight.dtype
+        query, keys = query.to(dtype), keys.to(dtype)
         q, k, v = (
             self._heads(self.wq(query)),
             self._heads(self.wk(keys)),
@@ -49,16 +51,16 @@ class MultiHeadAttention(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in the precision of its weights, returned in that of its input."""
+    """Layer norm in the type of its weights, whatever the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of `x`."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        """Normalise the last axis of `x`; returns the type of the weights."""
+        return super().forward(x.to(self.weight.dtype))
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm computed in the precision of its weights, returned in that of its input."""
+    """RMS norm in the type of its weights, whatever the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of `x`."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        """Normalise the last axis of `x`; returns the type of the weights."""
+        return super().forward(x.to(self.weight.dtype))

@@ -28,12 +28,12 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., width) to (..., width)."""
-        return self.w2(F.gelu(self.w1(x), approximate="tanh"))
+        """Map (..., width) to (..., width) in the type of the weights."""
+        return self.w2(F.gelu(self.w1(x.to(self.w1.weight.dtype)), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block; the residual stream keeps the type it comes in."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -72,12 +72,11 @@ class PatchEmbedding(nn.Module):
             frames: (F, height, width, 3) uint8 RGB at the model's size.
 
         Returns:
-            (F, W*G, D).
+            (F, W*G, D) f32 at every precision: scores follow from a fp32 residual stream.
         """
         patch, pool = self.config.patch_size, self.config.pool
         window_rows, window_columns = self.config.window_grid
-        dtype = self.projection.weight.dtype
-        pixels = (frames.float() / 255 * 2 - 1).to(dtype)
+        pixels = (frames.float() / 255 * 2 - 1).to(self.projection.weight.dtype)
         # (F, H, W, 3) -> (F, window row, patch row, y, window column, patch column, x * 3)
         tiles = pixels.reshape(-1, window_rows, pool, patch, window_columns, pool, patch * 3)
         # -> (F, window row, window column, patch row, patch column, y, x * 3)
@@ -85,7 +84,7 @@ class PatchEmbedding(nn.Module):
         windows = window_rows * window_columns
         patches = tiles.reshape(-1, windows * pool * pool, patch * patch * 3)
         positions = self.positional.index_select(0, self.window_major)
-        return self.projection(patches) + positions.to(dtype)
+        return self.projection(patches).float() + positions.float()
 
 
 def _windows_first(grid: Tensor, pool: int) -> Tensor:
@@ -138,6 +137,11 @@ class VisionTower(nn.Module):
             config.connector, vision.hidden_size * len(vision.taps), config.text.hidden_size
         )
 
+    @property
+    def weight_type(self) -> torch.dtype:
+        """Type that the blocks' matmuls run in."""
+        return self.connector.w2.weight.dtype
+
     def before_scoring(self, frames: Tensor) -> Tensor:
         """Run frames u8 (F, height, width, 3) through block `prune_at`; returns (F, W*G, D)."""
         x = self.embedding(frames)
@@ -157,7 +161,7 @@ class VisionTower(nn.Module):
         assert pruning is not None
         bias = log_score_bias(
             scores, fresh, self.config.window_grid[1], pruning.rescale_bias_min
-        ).to(x.dtype)
+        ).to(self.weight_type)
         per_patch = bias.repeat_interleave(self.config.patches_per_window, dim=1)
         # ONNX Runtime's Attention wants the full (F, 1, N, N) bias, not a broadcast row.
         mask = per_patch[:, None, None, :].expand(-1, 1, x.shape[1], -1)

@@ -1,0 +1,109 @@
+"""ONNX Runtime: the graphs themselves are what runs, on the CPU or with its CUDA provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from stts_export.errors import InputError, MissingDependencyError
+
+NAME = "onnxruntime"
+DEVICES = ("cpu", "cuda")
+
+_INSTALL = "pip install 'stts-export[cpu]', or 'stts-export[gpu]' for CUDA"
+_ORT_FATAL_ONLY = 4  # errors reach the caller as exceptions
+
+
+class Runner:
+    """A loaded graph; call it with named arrays.
+
+    Args:
+        session: an `onnxruntime.InferenceSession`.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._outputs = [value.name for value in session.get_outputs()]
+
+    def __call__(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        in_place: Mapping[str, NDArray[Any]] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Run the graph.
+
+        Args:
+            inputs: C-contiguous arrays by name, of the contract's types.
+            in_place: outputs to write into these arrays; one may also be an input, which is then
+                updated where it lies (the KV cache).
+
+        Returns:
+            The other outputs by name, newly allocated.
+        """
+        if in_place is None:
+            return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            _bind(binding.bind_input, name, array)
+        for name, array in in_place.items():
+            _bind(binding.bind_output, name, array)
+        rest = [name for name in self._outputs if name not in in_place]
+        for name in rest:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        bound = [*in_place, *rest]  # get_outputs answers in the order of binding
+        values = dict(zip(bound, binding.get_outputs(), strict=True))
+        return {name: values[name].numpy() for name in rest}
+
+
+def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} is not contiguous")
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def open_graph(file: Path, *, device: str | None = None, threads: int | None = None) -> Runner:
+    """Load an ONNX file.
+
+    Args:
+        file: `model.onnx` with its external data beside it.
+        device: "cpu" (default) or "cuda".
+        threads: threads within an operator; all cores when None.
+
+    Raises:
+        MissingDependencyError: onnxruntime, or the CUDA provider, is not there.
+        InputError: the device has no such name, or the file is not a graph ONNX Runtime can load.
+    """
+    if device not in (None, *DEVICES):
+        raise InputError(f"device {device!r}", where=NAME, allowed=" or ".join(DEVICES))
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"is not installed ({error})", where=NAME, fix=_INSTALL
+        ) from None
+    options = ort.SessionOptions()
+    options.log_severity_level = _ORT_FATAL_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+    try:
+        session = ort.InferenceSession(file, options, providers=[provider])
+    except Exception as error:  # its exception classes are private to the wheel
+        raise InputError(
+            f"ONNX Runtime {ort.__version__} cannot load it: {error}",
+            where=str(file),
+            fix="rebuild the bundle with `stts-export build`",
+        ) from error
+    # The GPU wheel lists CUDA without a GPU and then falls back without a word.
+    if provider not in session.get_providers():
+        raise MissingDependencyError(
+            f"CUDA was asked for, but only {session.get_providers()} started",
+            where=NAME,
+            fix="install a CUDA driver and pip install 'stts-export[gpu]', or use device='cpu'",
+        )
+    return Runner(session)

@@ -1,0 +1,121 @@
+"""Run a written graph in ONNX Runtime beside the PyTorch module it was traced from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stts_export.engines import onnxruntime
+from stts_export.errors import VerificationError
+from stts_export.model.pruning import n_prune, pack, select
+from stts_export.model.vlm import SttsModel
+from stts_export.graphs.modules import module_for
+from stts_export.tensors import (
+    ACTIVATION,
+    DECODER,
+    VISION_LOWER,
+    VISION_UPPER_FRAMES,
+    GraphSpec,
+    Precision,
+    past_names,
+)
+from stts_export.tolerances import TOLERANCES, difference
+
+_SEED = 20260318
+_FRAMES = 5
+_PRUNE_RATIO = 0.5
+
+
+def check_graph(spec: GraphSpec, precision: Precision, file: Path, model: SttsModel) -> None:
+    """Compare a graph with the fp32 PyTorch model at several shapes.
+
+    Raises:
+        VerificationError: an output is further away than `tolerances` allows.
+    """
+    runner = onnxruntime.open_graph(file)
+    with torch.no_grad():
+        if spec.name == DECODER:
+            _check_decoder(spec, precision, runner, model)
+            return
+        module = module_for(spec.name, model)
+        for inputs in _cases(spec, model):
+            given = {t.name: inputs[t.name].numpy().astype(t.dtype) for t in spec.inputs}
+            expected = module(*(inputs[tensor.name] for tensor in spec.inputs))
+            got = runner(given)
+            for tensor, reference in zip(spec.outputs, expected, strict=True):
+                _compare(spec.name, tensor.name, precision, got[tensor.name], reference)
+
+
+def _compare(
+    graph: str, name: str, precision: Precision, got: NDArray[Any], reference: Tensor
+) -> None:
+    tolerance = TOLERANCES[name, precision]
+    off = difference(got, reference.numpy(), tolerance.measure)
+    if off > tolerance.limit:
+        raise VerificationError(
+            f"{name} {got.shape} differs from PyTorch by {off:.2g} ({tolerance.measure})",
+            where=f"{graph} ({precision})",
+            allowed=f"{tolerance.limit:g}: {tolerance.reason}",
+            fix="build with --precision fp32" if precision != "fp32" else "report this export",
+        )
+
+
+def _cases(spec: GraphSpec, model: SttsModel) -> Iterator[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(_SEED)
+    vision = model.config.vision
+    W, G = vision.windows, vision.patches_per_window
+    frames = torch.randint(0, 256, (_FRAMES, *vision.image_size, 3), generator=generator).byte()
+    if spec.name == VISION_LOWER:
+        for start, stop in ((0, 1), (0, _FRAMES), (1, 4)):
+            prev = torch.randn(1, W, vision.hidden_size, generator=generator)
+            fresh = torch.arange(start, stop) == 0
+            yield {"frames": frames[start:stop], "fresh": fresh, "prev_pooled": prev}
+        return
+    hidden = model.vision.lower_plain(frames)
+    if spec.name == VISION_UPPER_FRAMES:
+        for count, slots in ((1, 1), (3, (W + 1) // 2), (2, W)):
+            yield {"bins": hidden[:count, : slots * G]}
+        return
+    scores = torch.rand(_FRAMES, W, generator=generator)
+    plan = pack(select(scores, n_prune(W, _FRAMES, _PRUNE_RATIO)))
+    bins = hidden.unflatten(1, (W, G)).flatten(0, 1)[plan.gather_window].flatten(1, 2)
+    for count in sorted({1, len(bins)}):
+        yield {"bins": bins[:count], "segment": plan.segment[:count]}
+
+
+def _check_decoder(
+    spec: GraphSpec, precision: Precision, runner: onnxruntime.Runner, model: SttsModel
+) -> None:
+    """Prefill a prompt with visual tokens, then decode token by token on the graph's own cache."""
+    generator = torch.Generator().manual_seed(_SEED)
+    text, tokens = model.config.text, model.config.tokens
+    prompt, total, patches = 17, 20, 5
+    ids = torch.randint(0, text.vocab_size, (1, total), generator=generator)
+    ids[0, 1 : patches + 3] = tokens.im_patch
+    ids[0, 1], ids[0, patches + 2] = tokens.frame_start, tokens.frame_end
+    groups = model.visual_groups(ids)
+    features = torch.randn(patches, text.hidden_size, generator=generator)
+    reference = model.language(ids, features, groups)
+
+    dtype = ACTIVATION[precision]
+    cache_shape = (1, text.num_kv_heads, total + 3, text.head_dim)
+    cache = [np.zeros(cache_shape, dtype) for _ in range(2 * text.num_layers)]
+    names = [name for layer in range(text.num_layers) for name in past_names(layer)]
+    rows = features.numpy().astype(dtype)
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, total))]:
+        call = {
+            "input_ids": ids[:, start:stop].numpy(),
+            "features": rows,
+            "visual_group": groups[:, start:stop].numpy().astype(np.int32),
+            "cache_position": np.array([start]),
+        }
+        got = runner({**call, **dict(zip(names, cache, strict=True))})
+        _compare(spec.name, "logits", precision, got["logits"], reference[:, stop - 1])
+        cache = [got[tensor.name] for tensor in spec.outputs[1:]]
+        rows = np.zeros((1, text.hidden_size), dtype)

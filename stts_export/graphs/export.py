@@ -1,0 +1,145 @@
+"""Trace a model into the graphs of `tensors`, and prove each graph right after it is written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stts_export.errors import VerificationError
+from stts_export.graphs.check import check_graph
+from stts_export.graphs.modules import at_precision, module_for
+from stts_export.model.vlm import SttsModel
+from stts_export.tensors import (
+    DECODER,
+    VISION_UPPER_FRAMES,
+    GraphSpec,
+    Precision,
+    TensorSpec,
+    graph_specs,
+)
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+_OPSET = 23
+_OPSET_CACHE = 24  # TensorScatter
+# Any sizes that differ from each other and from 1, so that no axis is taken for a constant.
+_TRACE_SIZES = {"frames": 2, "bins": 2, "slots": 4, "tokens": 6, "rows": 3, "capacity": 11}
+
+
+def export_graph(model: SttsModel, graph: str, precision: Precision, folder: Path) -> None:
+    """Write `folder/model.onnx` and its external data, and compare it with PyTorch.
+
+    Args:
+        model: fp32, in evaluation mode.
+        graph: a name of `graph_specs`.
+        precision: type of weights and activations.
+        folder: created; must not hold another graph.
+
+    Raises:
+        VerificationError: the graph's interface or its results differ from the model's.
+    """
+    spec = graph_specs(model.config, precision)[graph]
+    folder.mkdir(parents=True, exist_ok=True)
+    module = at_precision(module_for(graph, model), precision)
+    program = _trace(module, spec, model.config.vision.patches_per_window)
+    _name_axes(program.model.graph, spec)
+    _drop_metadata(program.model.graph)
+    program.save(folder / MODEL_FILE, external_data=True)
+    check_graph(spec, precision, folder / MODEL_FILE, model)
+
+
+def share_data(folder: Path, other: Path) -> None:
+    """Store the weights of two graphs once where their data files are byte for byte equal."""
+    mine, theirs = folder / DATA_FILE, other / DATA_FILE
+    if mine.stat().st_size == theirs.stat().st_size and _same_bytes(mine, theirs):
+        linked = mine.with_suffix(".link")
+        try:
+            os.link(theirs, linked)
+        except OSError:  # a file system without hard links keeps two copies
+            return
+        os.replace(linked, mine)
+
+
+def _same_bytes(a: Path, b: Path, block: int = 1 << 24) -> bool:
+    with a.open("rb") as left, b.open("rb") as right:
+        while chunk := left.read(block):
+            if chunk != right.read(block):
+                return False
+    return True
+
+
+def _trace(module: nn.Module, spec: GraphSpec, patches_per_window: int) -> Any:
+    arguments = tuple(_example(tensor, patches_per_window) for tensor in spec.inputs)
+    axes = {
+        name: torch.export.Dim(name)
+        for tensor in spec.inputs
+        for name in tensor.shape
+        if isinstance(name, str) and name != "patches"
+    }
+    if spec.name == VISION_UPPER_FRAMES:
+        axes["patches"] = patches_per_window * torch.export.Dim("slots")
+    shapes = tuple(
+        {i: axes[axis] for i, axis in enumerate(tensor.shape) if isinstance(axis, str)}
+        for tensor in spec.inputs
+    )
+    dynamic: Any = shapes
+    if spec.name == DECODER:
+        dynamic = (*shapes[:4], shapes[4:])  # *cache is one argument
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # With gradients, attention is traced as a kernel whose output has other strides.
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's own internals
+        return torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            opset_version=_OPSET_CACHE if spec.name == DECODER else _OPSET,
+            dynamic_shapes=dynamic,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            verbose=False,
+        )
+
+
+def _example(tensor: TensorSpec, patches_per_window: int) -> Tensor:
+    sizes = {**_TRACE_SIZES, "patches": _TRACE_SIZES["slots"] * patches_per_window}
+    shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+
+
+def _name_axes(graph: Any, spec: GraphSpec) -> None:
+    """Give inputs and outputs the contract's axis names; refuse another interface."""
+    import onnx_ir as ir
+
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        if [value.name for value in values] != [tensor.name for tensor in tensors]:
+            raise VerificationError(
+                f"has {[value.name for value in values]}",
+                where=f"export of {spec.name}",
+                allowed=f"{[tensor.name for tensor in tensors]}",
+            )
+        for value, tensor in zip(values, tensors, strict=True):
+            dtype = ir.DataType[tensor.dtype.upper().replace("FLOAT32", "FLOAT")]
+            if value.dtype != dtype or len(value.shape) != len(tensor.shape):
+                raise VerificationError(
+                    f"{tensor.name} is {value.dtype} {value.shape}",
+                    where=f"export of {spec.name}",
+                    allowed=f"{tensor.dtype} {tensor.shape}",
+                )
+            value.shape = ir.Shape(tensor.shape)
+
+
+def _drop_metadata(graph: Any) -> None:
+    """Remove the exporter's stack traces: they name this machine's paths and cost megabytes."""
+    graph.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()

@@ -1,0 +1,127 @@
+"""Greedy decoding with a KV cache that is updated where it lies.
+
+Axes: L prompt tokens, K feature rows, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stts_export.config import ModelConfig
+from stts_export.tensors import ACTIVATION, Precision, past_names, present_names
+
+OnToken = Callable[[int], None]
+
+
+class Runner(Protocol):
+    """What a back end opens; see `engines.onnxruntime.Runner`."""
+
+    def __call__(
+        self,
+        inputs: dict[str, NDArray[Any]],
+        in_place: dict[str, NDArray[Any]] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Run the graph on named arrays."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """New tokens and what they cost."""
+
+    token_ids: list[int]
+    finish_reason: str
+    """"stop" when the model ended its answer, "length" when the limit did."""
+    prefill_seconds: float
+    decode_seconds: float
+
+
+class KVCache:
+    """Keys and values of one sequence, allocated once.
+
+    Per layer a key and a value, each (1, kv_heads, capacity, head_dim); rows at and after
+    `length` are zero or stale and are masked by the graph.
+    """
+
+    def __init__(self, config: ModelConfig, precision: Precision, capacity: int) -> None:
+        text = config.text
+        shape = (1, text.num_kv_heads, capacity, text.head_dim)
+        self.length = 0
+        self.past: dict[str, NDArray[Any]] = {}
+        self.present: dict[str, NDArray[Any]] = {}
+        for layer in range(text.num_layers):
+            for past, present in zip(past_names(layer), present_names(layer), strict=True):
+                # One buffer under both names: the graph writes new rows in place.
+                self.past[past] = self.present[present] = np.zeros(shape, ACTIVATION[precision])
+
+
+def generate(
+    runner: Runner,
+    config: ModelConfig,
+    precision: Precision,
+    ids: NDArray[np.int64],
+    groups: NDArray[np.int32],
+    features: NDArray[Any],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    on_token: OnToken | None = None,
+) -> Continuation:
+    """Continue a sequence by the most likely token until the answer ends.
+
+    Args:
+        runner: the `decoder` graph.
+        config: the model.
+        precision: of the graph.
+        ids: (L,) compact prompt.
+        groups: (L,) clip of a visual token, -1 for text.
+        features: (K, C), one row per `<im_patch>`; a zero row when there is none.
+        max_new_tokens: upper limit, 1 or more.
+        eos_ids: tokens that end the answer; the one that does is not part of the result.
+        on_token: called with every new token as it is chosen.
+    """
+    cache = KVCache(config, precision, len(ids) + max_new_tokens)
+    started = time.perf_counter()
+    token = int(step(runner, cache, ids, groups, features).argmax())
+    prefilled = time.perf_counter()
+    no_group = np.array([-1], dtype=np.int32)
+    no_features = np.zeros((1, features.shape[1]), features.dtype)
+    new: list[int] = []
+    while token not in eos_ids:
+        new.append(token)
+        if on_token:
+            on_token(token)
+        if len(new) == max_new_tokens:
+            break
+        token = int(step(runner, cache, np.array([token]), no_group, no_features).argmax())
+    reason = "stop" if token in eos_ids else "length"
+    return Continuation(new, reason, prefilled - started, time.perf_counter() - prefilled)
+
+
+def step(
+    runner: Runner,
+    cache: KVCache,
+    ids: NDArray[np.int64],
+    groups: NDArray[np.int32],
+    features: NDArray[Any],
+) -> NDArray[np.float32]:
+    """Feed tokens and update the cache; arguments as in `generate`.
+
+    Returns:
+        (V,) logits after the last of them.
+    """
+    inputs = {
+        "input_ids": ids[None],
+        "features": np.ascontiguousarray(features),
+        "visual_group": groups[None],
+        "cache_position": np.array([cache.length], dtype=np.int64),
+    }
+    outputs = runner({**inputs, **cache.past}, cache.present)
+    cache.length += len(ids)
+    logits: NDArray[np.float32] = outputs["logits"][0]
+    return logits

@@ -1,0 +1,246 @@
+"""Does a bundle keep the windows that the trained model keeps, and say the same?
+
+Each clip runs through the PyTorch model in fp32 (the oracle) and through the bundle. Selection is
+compared on its own; all later stages are compared given the oracle's windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stts_export.bundle import Bundle
+from stts_export.errors import InputError, MissingDependencyError
+from stts_export.runtime import planner
+from stts_export.runtime.session import Session
+from stts_export.tolerances import TOLERANCES, difference
+
+if TYPE_CHECKING:
+    from stts_export.model.vlm import SttsModel
+
+MAX_FLIPPED = 0.005
+"""Share of windows that a precision other than fp32 may decide otherwise."""
+BUILT_IN_FRAMES = (1, 5, 12)
+_RATIOS = (0.5, 0.8)
+_TEXT_TOKENS = 12
+_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of one clip."""
+
+    clip: str
+    prune_ratio: float
+    name: str
+    measure: str
+    got: float
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """All comparisons; `passed` when each of them is within its limit."""
+
+    bundle: str
+    checkpoint: str
+    precision: str
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison is within its limit."""
+        return all(check.passed for check in self.checks)
+
+    def worst_by_name(self) -> list[tuple[str, bool, float, float, str]]:
+        """Per kind of check the one nearest to its limit, or furthest above it.
+
+        Returns:
+            Rows of name with measure, whether all passed, got, limit, and the clip it was on.
+        """
+        rows = []
+        for name in dict.fromkeys(check.name for check in self.checks):
+            same = [check for check in self.checks if check.name == name]
+            worst = max(same, key=lambda check: (not check.passed, check.got - check.limit))
+            where = f"worst of {len(same)}: {worst.clip}, ratio {worst.prune_ratio:g}"
+            label = f"{name} ({worst.measure})"
+            rows.append((label, worst.passed, worst.got, worst.limit, where))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def verify(bundle: Path, checkpoint: Path, videos: Sequence[Path] = ()) -> Report:
+    """Compare a bundle with the checkpoint it was built from.
+
+    Args:
+        bundle: folder of the bundle; its files are compared with their hashes first.
+        checkpoint: the trained model.
+        videos: files to compare on; built-in clips when empty.
+
+    Raises:
+        InputError: bundle or checkpoint cannot be read, or are of different architecture.
+        VerificationError: a file of the bundle was changed.
+        MissingDependencyError: torch is not installed.
+    """
+    opened = Bundle.open(bundle)
+    opened.check_hashes()
+    model = _load(checkpoint)
+    if model.config != opened.config:
+        raise InputError(
+            "was built from a checkpoint with another configuration",
+            where=str(bundle),
+            allowed=f"a bundle built from {checkpoint}",
+        )
+    report = Report(str(bundle), str(checkpoint), opened.manifest.precision)
+    with Session.open(bundle) as session:
+        for name, frames in _clips(session, videos):
+            for ratio in (0.0, *_RATIOS) if model.config.vision.pruning else (0.0,):
+                if ratio == 0 or ratio >= opened.manifest.limits.min_prune_ratio:
+                    _Comparison(report, session, model, name, frames, ratio).run()
+    return report
+
+
+class _Comparison:
+    """One clip at one ratio."""
+
+    def __init__(
+        self,
+        report: Report,
+        session: Session,
+        model: SttsModel,
+        clip: str,
+        frames: NDArray[np.uint8],
+        ratio: float,
+    ) -> None:
+        self.report = report
+        self.session = session
+        self.model = model
+        self.clip = clip
+        self.frames = frames
+        self.ratio = ratio
+
+    def run(self) -> None:
+        import torch
+
+        with torch.no_grad():
+            oracle = self.model.encode(torch.from_numpy(self.frames), self.ratio)
+        keep = oracle.keep.numpy()
+        clip = self.session.encode(self.frames, self.ratio)
+        if oracle.scores is not None:
+            assert clip.scores is not None
+            scores = oracle.scores.numpy()
+            self._compare("scores", clip.scores, scores)
+            self._compare_windows(clip.keep, keep, scores, clip.scores)
+        if not np.array_equal(clip.keep, keep):
+            clip = self.session.encode(self.frames, keep=keep)
+        self._compare("packed_features", clip.features, oracle.features.numpy())
+        ids = _prompt(self.model, keep)
+        with torch.no_grad():
+            compact = torch.from_numpy(ids[ids >= 0])
+            groups = self.model.visual_groups(compact[None])
+            logits = self.model.language(compact[None], oracle.features, groups)[0, -1].numpy()
+            greedy = self.model.greedy(compact, oracle.features, _NEW_TOKENS)
+        full = np.where(ids < 0, self.model.config.tokens.im_patch, ids)
+        self._compare("logits", self.session.next_token_logits(clip, full), logits)
+        if self.report.precision == "fp32":
+            self._compare_tokens(clip, full, greedy)
+
+    def _compare(self, name: str, got: NDArray[Any], reference: NDArray[Any]) -> None:
+        tolerance = TOLERANCES[name, self.report.precision]
+        off = difference(got, reference, tolerance.measure)
+        self._add(name, tolerance.measure, off, tolerance.limit)
+
+    def _compare_windows(
+        self,
+        got: NDArray[np.bool_],
+        keep: NDArray[np.bool_],
+        scores: NDArray[np.float32],
+        got_scores: NDArray[np.float32],
+    ) -> None:
+        """Windows decided otherwise: none in fp32; elsewhere few, and only near the threshold."""
+        flipped = got != keep
+        exact = self.report.precision == "fp32"
+        self._add("windows flipped", "share", float(flipped.mean()), 0 if exact else MAX_FLIPPED)
+        if exact or not flipped.any():
+            return
+        error = float(np.abs(got_scores - scores).max())
+        raised = scores.copy()
+        raised[0] = planner.FIRST_FRAME_SCORE
+        threshold = float(raised[keep].min())
+        distance = float(np.abs(raised - threshold)[flipped].max())
+        self._add("flips near threshold", "score distance", distance, 2 * error)
+
+    def _compare_tokens(self, clip: Any, prompt: NDArray[np.int64], greedy: list[int]) -> None:
+        answer = self.session.generate(clip, prompt, len(greedy))
+        expected = greedy[: len(answer.token_ids)]
+        same = answer.token_ids == expected
+        self._add("greedy tokens differ", "flag", 0.0 if same else 1.0, 0)
+
+    def _add(self, name: str, measure: str, got: float, limit: float) -> None:
+        check = Check(self.clip, self.ratio, name, measure, got, limit, got <= limit)
+        self.report.checks.append(check)
+
+
+def _load(checkpoint: Path) -> SttsModel:
+    try:
+        from stts_export.checkpoint import model_from_checkpoint, open_checkpoint
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"comparing with a checkpoint needs a package that is not installed: {error}",
+            where="verify",
+            fix="pip install 'stts-export[cpu,train]'",
+        ) from None
+    return model_from_checkpoint(open_checkpoint(checkpoint))
+
+
+def _clips(session: Session, videos: Sequence[Path]) -> list[tuple[str, NDArray[np.uint8]]]:
+    if videos:
+        return [(str(path), session.read_video(path).frames) for path in videos]
+    limit = session.bundle.manifest.limits.max_frames
+    size = session.config.vision.image_size
+    lengths = sorted({min(frames, limit) for frames in BUILT_IN_FRAMES})
+    return [(f"built-in, {frames} frames", moving_clip(frames, size)) for frames in lengths]
+
+
+def moving_clip(frames: int, size: tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
+    """Smooth texture with a moving patch of another one: (frames, height, width, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    height, width = size
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    waves = rng.uniform(0.01, 0.15, (2, 3, 2)).astype(np.float32)
+
+    def texture(which: int) -> NDArray[np.float32]:
+        channels = [np.sin(a * x + b * y) for a, b in waves[which]]
+        return np.stack(channels, axis=-1) * 90 + 128
+
+    still, moving = texture(0), texture(1)
+    side = max(1, min(size) // 3)
+    clip = np.repeat(still[None], frames, axis=0)
+    for index in range(frames):
+        top = (index * height) // (frames + 3)
+        left = (index * width) // (frames + 3)
+        patch = (slice(top, top + side), slice(left, left + side))
+        clip[index][patch] = moving[patch]
+    noisy = clip + rng.normal(0, 4, clip.shape).astype(np.float32)
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def _prompt(model: SttsModel, keep: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """A sequence as before pruning, with -1 in place of the removed windows' ids."""
+    rng = np.random.default_rng(1)
+    tokens = model.config.tokens
+    text = rng.integers(0, model.config.text.vocab_size, (len(keep) + 1, _TEXT_TOKENS))
+    sequence: list[int] = []
+    for frame, words in zip(keep, text, strict=False):
+        windows = np.where(frame, tokens.im_patch, -1).tolist()
+        sequence += [int(words[0]), tokens.frame_start, *windows, tokens.frame_end]
+    return np.array(sequence + text[-1].tolist(), dtype=np.int64)

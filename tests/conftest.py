@@ -1,0 +1,53 @@
+"""Bundles that are expensive to build, built once per test run and shared by its workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from stts_export.build import BuildSpec, bundle_from_checkpoint
+from stts_export.tensors import Precision
+from tests.helpers import GOLDEN, random_checkpoint
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # two workers share two cores
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(shared_folder: Path) -> Path:
+    folder = shared_folder / "small_checkpoint"
+    with FileLock(str(folder) + ".lock"):
+        if not folder.exists():
+            random_checkpoint(folder)
+    return folder
+
+
+def _bundle(shared_folder: Path, name: str, checkpoint: Path, precision: Precision) -> Path:
+    folder = shared_folder / f"{name}-{precision}"
+    with FileLock(str(folder) + ".lock"):
+        if not folder.exists():
+            bundle_from_checkpoint(checkpoint, folder, BuildSpec(precision=precision))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_bundle(shared_folder: Path, small_checkpoint: Path) -> Path:
+    """fp32, 6x9 patches, 6 windows a frame; read only."""
+    return _bundle(shared_folder, "small", small_checkpoint, "fp32")
+
+
+@pytest.fixture(scope="session", params=["fp32", "fp16"])
+def golden_bundle(shared_folder: Path, request: pytest.FixtureRequest) -> Path:
+    """The golden checkpoint at both precisions; read only."""
+    return _bundle(shared_folder, "golden", GOLDEN, request.param)

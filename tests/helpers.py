@@ -1,0 +1,134 @@
+"""Tiny checkpoints and golden cases that several tests share."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from stts_export.checkpoint import save_checkpoint
+from stts_export.config import ModelConfig
+from stts_export.model.vlm import SttsModel
+
+GOLDEN = Path(__file__).parent / "data" / "molmo2_stts_tiny"
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """A clip and what the reference code computed from it."""
+
+    name: str
+    prune_ratio: float
+    frames: NDArray[np.uint8]
+    expected: dict[str, NDArray[Any]]
+
+
+GOLDEN_CASES = sorted(path.name.split(".")[0] for path in GOLDEN.glob("video*.frames.npz"))
+
+
+def golden_case(name: str) -> GoldenCase:
+    percent = int(name.rsplit("prune", 1)[1])
+    return GoldenCase(
+        name,
+        percent / 100,
+        np.load(GOLDEN / f"{name}.frames.npz")["frames"],
+        load_file(GOLDEN / f"{name}.outputs.safetensors"),
+    )
+
+
+def small_config(**changes: Any) -> dict[str, Any]:
+    """A Molmo2 config.json of a model that runs in milliseconds.
+
+    Args:
+        changes: keys of the top level, or "section.key".
+    """
+    values: dict[str, Any] = json.loads((GOLDEN / "config.json").read_text(encoding="utf-8"))
+    values = copy.deepcopy(values)
+    settings = {
+        "vit_config.image_default_input_size": [84, 126],
+        "vit_config.image_num_pos": 54,
+        "vit_config.hidden_size": 24,
+        "vit_config.intermediate_size": 40,
+        "vit_config.num_hidden_layers": 5,
+        "vit_config.num_attention_heads": 2,
+        "vit_config.num_key_value_heads": 2,
+        "vit_config.head_dim": 12,
+        "vit_config.prune_at": 1,
+        "adapter_config.vit_layers": [-1, -2],
+        "adapter_config.hidden_size": 24,
+        "adapter_config.num_attention_heads": 2,
+        "adapter_config.num_key_value_heads": 2,
+        "adapter_config.head_dim": 12,
+        "adapter_config.intermediate_size": 32,
+        "adapter_config.text_hidden_size": 32,
+        "text_config.hidden_size": 32,
+        "text_config.num_hidden_layers": 2,
+        "text_config.intermediate_size": 48,
+        "text_config.head_dim": 16,
+        **changes,
+    }
+    for path, value in settings.items():
+        *sections, key = path.split(".")
+        target = values
+        for section in sections:
+            target = target[section]
+        target[key] = value
+    return values
+
+
+def random_model(
+    values: dict[str, Any] | None = None, *, scorer: bool = True, seed: int = 0
+) -> SttsModel:
+    """Random weights of a size at which scores spread over (0, 1)."""
+    config = ModelConfig.from_dict(values or small_config(), has_scorer=scorer)
+    torch.manual_seed(seed)
+    model = SttsModel(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.ndim == 1:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            else:
+                scale = 1.5 / parameter.shape[-1] ** 0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        if model.vision.scorer:
+            model.vision.scorer.w3.weight.mul_(4)
+    return model
+
+
+def random_checkpoint(
+    folder: Path, values: dict[str, Any] | None = None, *, scorer: bool = True, seed: int = 0
+) -> Path:
+    save_checkpoint(random_model(values, scorer=scorer, seed=seed), folder)
+    return folder
+
+
+def random_frames(
+    count: int, size: tuple[int, int] = (84, 126), seed: int = 0
+) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
+
+
+def prompt_ids(config: ModelConfig, frames: int, seed: int = 0) -> list[int]:
+    """A complete sequence as before pruning."""
+    rng = np.random.default_rng(seed)
+    tokens = config.tokens
+    ids: list[int] = []
+    for _ in range(frames):
+        ids += [
+            int(rng.integers(config.text.vocab_size)),
+            tokens.frame_start,
+            *[tokens.im_patch] * config.vision.windows,
+            tokens.frame_end,
+        ]
+    return ids + [int(token) for token in rng.integers(config.text.vocab_size, size=6)]
