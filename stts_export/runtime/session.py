@@ -334,12 +334,7 @@ class Session:
         clip: EncodedClip,
     ) -> NDArray[np.int64]:
         """Return the complete sequence as before pruning."""
-        is_text = isinstance(prompt, str) or (
-            not isinstance(prompt, np.ndarray)
-            and len(prompt) > 0
-            and not isinstance(prompt[0], (int, np.integer))
-        )
-        if is_text:
+        if _is_text(prompt):
             if self._prompts is None:
                 raise InputError(
                     "the prompt is text, but the checkpoint came without a tokenizer",
@@ -375,6 +370,13 @@ class Session:
                 allowed=f"{limit} tokens",
                 fix="raise the prune ratio, sample fewer frames, or shorten the prompt",
             )
+
+
+def _is_text(prompt: object) -> bool:
+    """A question or (role, text) turns, rather than token ids."""
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], (list, tuple)):
+        return any(isinstance(part, str) for part in prompt[0])
+    return isinstance(prompt, str)
 
 
 def _eos_ids(bundle: Bundle) -> frozenset[int]:

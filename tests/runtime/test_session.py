@@ -1,0 +1,286 @@
+"""Sessions: the golden cases from the bundle alone, and what users get wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stts_export import Session
+from stts_export.errors import InputError
+from stts_export.model.vlm import SttsModel
+from stts_export.runtime import planner, vision
+from stts_export.tensors import VISION_LOWER, VISION_UPPER
+from stts_export.tolerances import TOLERANCES, difference
+from tests.helpers import (
+    GOLDEN_CASES,
+    golden_case,
+    prompt_ids,
+    random_frames,
+    random_model,
+)
+
+
+@pytest.fixture(scope="module")
+def golden(golden_bundle: Path) -> Iterator[Session]:
+    with Session.open(golden_bundle, threads=1) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def session(small_bundle: Path) -> Iterator[Session]:
+    with Session.open(small_bundle, threads=1) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def model() -> SttsModel:
+    return random_model()
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_golden_cases(golden: Session, name: str):
+    case = golden_case(name)
+    precision = golden.bundle.manifest.precision
+    expected_keep = case.expected["keep"].astype(bool)
+    clip = golden.encode(case.frames, prune_ratio=case.prune_ratio)
+    assert clip.scores is not None
+    error = difference(clip.scores, case.expected["scores"], "max")
+    assert error <= TOLERANCES["scores", precision].limit
+    if precision == "fp32":
+        np.testing.assert_array_equal(clip.keep, expected_keep)
+    else:
+        _check_flips(clip.keep, expected_keep, case.expected["scores"], error)
+        clip = golden.encode(case.frames, keep=expected_keep)
+    features = TOLERANCES["packed_features", precision]
+    assert difference(clip.features, case.expected["features"], features.measure) < features.limit
+    answer = golden.generate(clip, case.expected["input_ids_full"], 8)
+    assert answer.finish_reason == "length"
+    assert answer.text is None
+    if precision == "fp32":
+        assert answer.token_ids == case.expected["greedy"].tolist()
+    logits = golden.next_token_logits(clip, case.expected["input_ids_full"])
+    assert logits.argmax() == answer.token_ids[0]
+    limit = TOLERANCES["logits", precision]
+    assert difference(logits, case.expected["last_logits"][-1], limit.measure) <= limit.limit
+
+
+def _check_flips(got: Any, expected: Any, scores: Any, error: float) -> None:
+    """DESIGN: at most 0.5 % of windows, all within twice the score error of the threshold."""
+    flipped = got != expected
+    assert flipped.mean() <= 0.005
+    raised = scores.copy()
+    raised[0] = planner.FIRST_FRAME_SCORE
+    threshold = raised[expected].min()
+    assert (np.abs(raised[flipped] - threshold) <= 2 * error).all()
+
+
+def test_chunks_equal_one_run(session: Session, monkeypatch: pytest.MonkeyPatch):
+    frames = random_frames(11)
+    prompt = prompt_ids(session.config, 11)
+    monkeypatch.setattr(vision, "LOWER_CHUNK", 100)
+    monkeypatch.setattr(vision, "UPPER_CHUNK", 100)
+    whole = session.encode(frames, 0.5)
+    monkeypatch.setattr(vision, "LOWER_CHUNK", 2)
+    monkeypatch.setattr(vision, "UPPER_CHUNK", 1)
+    parts = session.encode(frames, 0.5)
+    assert whole.scores is not None
+    assert parts.scores is not None
+    np.testing.assert_allclose(parts.scores, whole.scores, atol=1e-6)
+    np.testing.assert_array_equal(parts.keep, whole.keep)
+    assert difference(parts.features, whole.features, "max_rel") < 1e-5
+    assert (
+        session.generate(parts, prompt, 4).token_ids == session.generate(whole, prompt, 4).token_ids
+    )
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("refill", ["reference", "off"])
+def test_features_and_answers_equal_pytorch(
+    session: Session, model: SttsModel, ratio: float, refill: vision.Refill
+):
+    frames = random_frames(6, seed=2)
+    clip = session.encode(frames, ratio, refill=refill)
+    prompt = np.array(prompt_ids(session.config, 6))
+    with torch.no_grad():
+        expected = model.encode(torch.from_numpy(frames), ratio, refill=refill == "reference")
+        windows = prompt == session.config.tokens.im_patch
+        stays = np.ones(len(prompt), bool)
+        stays[windows] = clip.keep.ravel()
+        greedy = model.greedy(torch.from_numpy(prompt[stays]), expected.features, 5)
+    np.testing.assert_array_equal(clip.keep, expected.keep.numpy())
+    assert difference(clip.features, expected.features.numpy(), "max_rel") < 1e-4
+    assert session.generate(clip, prompt, 5).token_ids == greedy
+
+
+def test_masked_bins_give_the_features_of_frame_groups(session: Session):
+    """The form that every back end takes, against the one that this back end uses."""
+    from stts_export.engines.onnxruntime import open_graph
+
+    frames = random_frames(7, seed=4)
+    clip = session.encode(frames, 0.5)
+    config = session.config.vision
+    lower = open_graph(session.bundle.graph(VISION_LOWER), threads=1)
+    upper = open_graph(session.bundle.graph(VISION_UPPER), threads=1)
+    hidden, _ = vision.run_lower(lower, config, "fp32", frames, plain=False)
+    plan = planner.pack(clip.keep)
+    windows = hidden.reshape(7 * config.windows, -1)
+    bins = windows[plan.gather_window].reshape(len(plan.gather_window), -1, config.hidden_size)
+    packed = upper({"bins": bins, "segment": plan.segment})["packed_features"]
+    features = packed.reshape(-1, packed.shape[-1])[plan.kept_slot]
+    assert difference(clip.features, features, "max_rel") < 1e-5
+
+
+def test_encode_once_ask_many(session: Session):
+    clip = session.encode(random_frames(4), 0.5)
+    before = clip.features.copy()
+    first = session.generate(clip, prompt_ids(session.config, 4, seed=1), 3)
+    session.generate(clip, prompt_ids(session.config, 4, seed=2), 3)
+    again = session.generate(clip, prompt_ids(session.config, 4, seed=1), 3)
+    assert again.token_ids == first.token_ids
+    np.testing.assert_array_equal(clip.features, before)
+
+
+def test_answer_says_what_was_pruned(session: Session):
+    answer = session.generate(random_frames(4), prompt_ids(session.config, 4), 2, prune_ratio=0.5)
+    assert (answer.frames, answer.kept_windows, answer.total_windows) == (4, 12, 24)
+    assert answer.prune_ratio == 0.5
+    assert answer.note is None
+    assert set(answer.timings) == {
+        "resize", "vision_lower", "select", "vision_upper", "prefill", "decode"
+    }  # fmt: skip
+
+
+def test_frames_of_any_size_are_resized(session: Session):
+    from stts_export.runtime.resize import resize_frames
+
+    frames = random_frames(3, (61, 200))
+    clip = session.encode(frames, 0.5)
+    same = session.encode(resize_frames(frames, (84, 126)), 0.5)
+    np.testing.assert_array_equal(clip.features, same.features)
+
+
+def test_the_trained_ratio_is_the_default(session: Session):
+    assert session.encode(random_frames(4)).prune_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("frames", "ratio", "reason"), [(3, 0.0, "ratio is 0"), (1, 0.1, "less than")]
+)
+def test_when_nothing_is_removed_the_result_says_why(
+    session: Session, frames: int, ratio: float, reason: str
+):
+    clip = session.encode(random_frames(frames), ratio)
+    assert clip.keep.all()
+    assert clip.note is not None
+    assert reason in clip.note
+
+
+def test_a_token_that_ends_the_answer_stops_it(session: Session):
+    clip = session.encode(random_frames(3), 0.5)
+    prompt = prompt_ids(session.config, 3)
+    full = session.generate(clip, prompt, 6)
+    session._eos_ids = frozenset({full.token_ids[2]})
+    try:
+        seen: list[int] = []
+        answer = session.generate(clip, prompt, 6, on_token=seen.append)
+    finally:
+        session._eos_ids = frozenset()
+    first = full.token_ids.index(full.token_ids[2])
+    assert answer.token_ids == full.token_ids[:first] == seen
+    assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 2.0, float("nan")])
+def test_ratios_outside_the_range(session: Session, ratio: float):
+    with pytest.raises(InputError, match="prune ratio"):
+        session.encode(random_frames(2), ratio)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((0, 84, 126, 3), np.uint8),
+        np.zeros((84, 126, 3), np.uint8),
+        np.zeros((2, 84, 126, 4), np.uint8),
+        np.zeros((2, 84, 126, 3), np.float32),
+        np.zeros((2, 0, 126, 3), np.uint8),
+    ],
+    ids=["none", "no time axis", "rgba", "float", "empty side"],
+)
+def test_frames_of_a_wrong_kind(session: Session, frames: Any):
+    with pytest.raises(InputError, match="uint8"):
+        session.encode(frames, 0.5)
+
+
+def test_more_frames_than_the_bundle_allows(session: Session):
+    with pytest.raises(InputError, match="65 frames") as error:
+        session.encode(random_frames(65), 0.5)
+    assert "up to 64" in str(error.value)
+    assert "--max-frames 65" in str(error.value)
+
+
+def test_timestamps_must_fit(session: Session):
+    with pytest.raises(InputError, match="timestamps of shape"):
+        session.encode(random_frames(3), 0.5, [0.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    "keep", [np.ones((2, 6), bool), np.zeros((3, 6), bool), np.ones((3, 6), np.uint8)]
+)
+def test_a_given_mask_must_fit(session: Session, keep: Any):
+    with pytest.raises(InputError, match="keep mask"):
+        session.encode(random_frames(3), keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda ids: ids[1:-9], "window tokens"),
+        (lambda ids: [*ids, 640], "640"),
+        (lambda ids: [*ids, -1], "-1"),
+        (lambda _: [], "not empty"),
+        (lambda ids: [ids], "flat sequence"),
+        (lambda _: "What is this?", "without a tokenizer"),
+    ],
+)
+def test_prompts_that_do_not_fit(session: Session, change: Any, text: str):
+    clip = session.encode(random_frames(2), 0.5)
+    with pytest.raises(InputError, match=text):
+        session.generate(clip, change(prompt_ids(session.config, 2)), 2)
+
+
+def test_a_prompt_too_long_is_counted_in_the_message(session: Session):
+    clip = session.encode(random_frames(2), 0.5)
+    prompt = [*prompt_ids(session.config, 2), *[1] * 8192]
+    with pytest.raises(InputError, match=r"8204 prompt tokens|prompt tokens") as error:
+        session.generate(clip, prompt, 4)
+    assert "8192 tokens" in str(error.value)
+
+
+def test_max_new_tokens_must_be_positive(session: Session):
+    clip = session.encode(random_frames(2), 0.5)
+    with pytest.raises(InputError, match="max_new_tokens is 0"):
+        session.generate(clip, prompt_ids(session.config, 2), 0)
+
+
+def test_a_back_end_the_bundle_was_not_built_for(small_bundle: Path):
+    with pytest.raises(InputError, match="tensorrt"):
+        Session.open(small_bundle, backend="tensorrt")
+
+
+def test_the_lowest_ratio_of_a_bundle_is_enforced(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+):
+    import dataclasses
+
+    limits = dataclasses.replace(session.bundle.manifest.limits, min_prune_ratio=0.4)
+    manifest = dataclasses.replace(session.bundle.manifest, limits=limits)
+    monkeypatch.setattr(session, "bundle", dataclasses.replace(session.bundle, manifest=manifest))
+    with pytest.raises(InputError, match="min_prune_ratio"):
+        session.encode(random_frames(4), 0.3)
+    assert session.encode(random_frames(4), 0.4).kept_windows < 24
