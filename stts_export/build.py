@@ -28,9 +28,8 @@ from stts_export.bundle import (
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.tensors import (
     PRECISIONS,
-    VISION_UPPER,
-    VISION_UPPER_FRAMES,
     Precision,
+    graph_file,
     graph_specs,
 )
 
@@ -145,24 +144,27 @@ def graphs_from_checkpoint(
 ) -> None:
     """Export and check the graphs that are not in `folder` yet."""
     from stts_export.checkpoint import model_from_checkpoint
-    from stts_export.graphs.export import export_graph, share_data
+    from stts_export.graphs.export import export_graph
 
-    names = list(graph_specs(source.config, spec.precision))
+    stages: dict[str, list[str]] = {}
+    for name in graph_specs(source.config, spec.precision):
+        stages.setdefault(Path(graph_file(name)).parent.name, []).append(name)
     graphs = folder / GRAPH_FOLDER
-    todo = [name for name in names if not (graphs / name).is_dir()]
+    todo = [stage for stage in stages if not (graphs / stage).is_dir()]
     if not todo:
         return
     model = model_from_checkpoint(source)
-    for number, name in enumerate(names, start=1):
+    unfinished = graphs / "unfinished"
+    for number, stage in enumerate(stages, start=1):
         if on_stage:
-            on_stage(name, number, len(names))
-        if name not in todo:
+            on_stage(stage, number, len(stages))
+        if stage not in todo:
             continue
-        unfinished = graphs / f"{name}.partial"
         shutil.rmtree(unfinished, ignore_errors=True)
-        export_graph(model, name, spec.precision, unfinished)
-        os.replace(unfinished, graphs / name)
-    share_data(graphs / VISION_UPPER_FRAMES, graphs / VISION_UPPER)
+        for name in stages[stage]:
+            export_graph(model, name, spec.precision, unfinished)
+        os.replace(unfinished / stage, graphs / stage)
+    unfinished.rmdir()
 
 
 def _import_exporter() -> Callable[[Path], Checkpoint]:
@@ -221,7 +223,7 @@ def _prepare(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
 def _check_space(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
     """Refuse before hours are spent; an upper bound from the checkpoint's size."""
     stored = sum(path.stat().st_size for path in set(source.file_of.values()))
-    # A checkpoint of 2-byte weights doubles in fp32; the upper tower is written twice, then shared.
+    # A checkpoint of 2-byte weights doubles in fp32.
     needed = int(stored * (2 if _BYTES[spec.precision] == 4 else 1) * 1.3)
     done = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     free = shutil.disk_usage(partial).free

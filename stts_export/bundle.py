@@ -16,14 +16,13 @@ from typing import Any
 from stts_export._version import __version__
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError, VerificationError, did_you_mean
-from stts_export.tensors import PRECISIONS, Precision
+from stts_export.tensors import PRECISIONS, Precision, graph_file
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CONFIG_FOLDER = "config"
 GRAPH_FOLDER = "onnx"
 REPORT_FOLDER = "reports"
-MODEL_FILE = "model.onnx"
 
 _REBUILD = "build the bundle again with `stts-export build`"
 
@@ -154,8 +153,8 @@ class Bundle:
         return Bundle(folder, manifest, config)
 
     def graph(self, name: str) -> Path:
-        """Path of a graph's `model.onnx`."""
-        return self.folder / GRAPH_FOLDER / name / MODEL_FILE
+        """Path of a graph's ONNX file."""
+        return self.folder / GRAPH_FOLDER / graph_file(name)
 
     def check_hashes(self) -> None:
         """Compare every file with its SHA-256.

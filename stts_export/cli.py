@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stts_export._version import __version__
 from stts_export.errors import InputError, SttsError
@@ -27,7 +27,12 @@ Handler = Callable[[Arguments], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (0 done, 1 input, 2 usage, 3 verification, 4 lacking)."""
+    """Run a command.
+
+    Returns:
+        0 done, 1 bad input, 3 verification failed, 4 something is not installed; 2 (usage) is
+        argparse's own exit.
+    """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
         stream=sys.stderr,
@@ -116,7 +121,7 @@ def _run_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (64)")
     verb.add_argument(
         "--refill", choices=("reference", "off"), default="reference",
-        help="give a frame alone in its bin its removed windows back as context (reference), or not",
+        help="a frame alone in its bin gets its removed windows back as context (reference) or not",
     )  # fmt: skip
     verb.add_argument(
         "--overlay", type=Path, metavar="OUT",
@@ -130,11 +135,11 @@ def _run_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: Arguments) -> int:
-    from stts_export.runtime.overlay import check_overlay_path
     from stts_export.runtime.session import Session
+    from stts_export.runtime.writing import check_writable
 
     if arguments.overlay:
-        check_overlay_path(arguments.overlay)
+        check_writable(arguments.overlay, (".mp4", ".png"))
     prompt = arguments.prompt
     if arguments.prompt_ids:
         prompt = _read_ids(arguments.prompt_ids)
@@ -190,7 +195,10 @@ def _write_overlay(
     if output.suffix.lower() == ".mp4" and not video.is_image:
         write_overlay(output, video.source, clip.keep, grid, clip.timestamps, scores=clip.scores)
         written.insert(0, output)
-    write_contact_sheet(sheet, video.frames, clip.keep, grid, clip.timestamps)
+    write_contact_sheet(
+        sheet, video.frames, clip.keep, grid, clip.timestamps,
+        frame_size=video.source_size, scores=clip.scores,
+    )  # fmt: skip
     return written
 
 
@@ -306,13 +314,7 @@ def _eval(arguments: Arguments) -> int:
 
 
 def _bytes_below(folder: Path) -> int:
-    # A file with two names (shared weights) counts once.
-    sizes = {
-        (status.st_dev, status.st_ino): status.st_size
-        for path in folder.rglob("*")
-        if path.is_file() and (status := path.stat())
-    }
-    return sum(sizes.values())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _size(count: int) -> str:

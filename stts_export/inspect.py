@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stts_export.bundle import CONFIG_FOLDER, Bundle
-from stts_export.tensors import TensorSpec, graph_specs
+from stts_export.tensors import DATA_FILE, TensorSpec, graph_specs
 
 
 def describe(bundle: Path) -> dict[str, Any]:
@@ -44,13 +44,18 @@ def describe(bundle: Path) -> dict[str, Any]:
             name: {
                 "inputs": [_tensor(tensor) for tensor in specs[name].inputs],
                 "outputs": [_tensor(tensor) for tensor in specs[name].outputs],
-                "bytes": sum(file.stat().st_size for file in opened.graph(name).parent.iterdir()),
+                "bytes": _bytes(opened.graph(name)),
             }
             for name in manifest.graphs
         },
         "tool_versions": manifest.tool_versions,
         "licences": manifest.licences,
     }
+
+
+def _bytes(graph: Path) -> int:
+    """Size of a graph with its weights, which variants share."""
+    return graph.stat().st_size + graph.with_name(DATA_FILE).stat().st_size
 
 
 def _tensor(tensor: TensorSpec) -> dict[str, Any]:

@@ -44,6 +44,15 @@ VISION_UPPER_FRAMES = "vision_upper-frames"
 """Variant of vision_upper without a mask: a row of the batch is one frame's windows."""
 DECODER = "decoder"
 
+DATA_FILE = "model.onnx.data"
+"""Weights of a graph; its variants refer to the same file."""
+
+
+def graph_file(name: str) -> str:
+    """Where a graph lies below `onnx/`: a variant beside the graph whose weights it shares."""
+    graph, _, variant = name.partition("-")
+    return f"{graph}/model-{variant}.onnx" if variant else f"{graph}/model.onnx"
+
 
 def past_names(layer: int) -> tuple[str, str]:
     """Names of a layer's cache inputs (key, value)."""

@@ -1,7 +1,8 @@
 """Does a bundle keep the windows that the trained model keeps, and say the same?
 
-Each clip runs through the PyTorch model in fp32 (the oracle) and through the bundle. Selection is
-compared on its own; all later stages are compared given the oracle's windows.
+Each clip runs through the PyTorch model in fp32 (the oracle) and through the bundle. Scores and
+selection are compared on their own; all later stages are compared given the oracle's windows and
+the bundle's scores, whose rounding the rescaled bias may magnify without bound.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from stts_export.bundle import Bundle
 from stts_export.errors import InputError, MissingDependencyError
+from stts_export.probe import moving_clip
 from stts_export.runtime import planner
 from stts_export.runtime.session import Session
 from stts_export.tolerances import TOLERANCES, difference
@@ -140,8 +142,15 @@ class _Comparison:
             scores = oracle.scores.numpy()
             self._compare("scores", clip.scores, scores)
             self._compare_windows(clip.keep, keep, scores, clip.scores)
-        if not np.array_equal(clip.keep, keep):
-            clip = self.session.encode(self.frames, keep=keep)
+            if not np.array_equal(clip.keep, keep):
+                clip = self.session.encode(self.frames, keep=keep)
+            with torch.no_grad():
+                oracle = self.model.encode(
+                    torch.from_numpy(self.frames),
+                    self.ratio,
+                    keep=oracle.keep,
+                    scores=torch.from_numpy(clip.scores),
+                )
         self._compare("packed_features", clip.features, oracle.features.numpy())
         ids = _prompt(self.model, keep)
         with torch.no_grad():
@@ -209,29 +218,6 @@ def _clips(session: Session, videos: Sequence[Path]) -> list[tuple[str, NDArray[
     size = session.config.vision.image_size
     lengths = sorted({min(frames, limit) for frames in BUILT_IN_FRAMES})
     return [(f"built-in, {frames} frames", moving_clip(frames, size)) for frames in lengths]
-
-
-def moving_clip(frames: int, size: tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth texture with a moving patch of another one: (frames, height, width, 3) uint8."""
-    rng = np.random.default_rng(seed)
-    height, width = size
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    waves = rng.uniform(0.01, 0.15, (2, 3, 2)).astype(np.float32)
-
-    def texture(which: int) -> NDArray[np.float32]:
-        channels = [np.sin(a * x + b * y) for a, b in waves[which]]
-        return np.stack(channels, axis=-1) * 90 + 128
-
-    still, moving = texture(0), texture(1)
-    side = max(1, min(size) // 3)
-    clip = np.repeat(still[None], frames, axis=0)
-    for index in range(frames):
-        top = (index * height) // (frames + 3)
-        left = (index * width) // (frames + 3)
-        patch = (slice(top, top + side), slice(left, left + side))
-        clip[index][patch] = moving[patch]
-    noisy = clip + rng.normal(0, 4, clip.shape).astype(np.float32)
-    return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
 def _prompt(model: SttsModel, keep: NDArray[np.bool_]) -> NDArray[np.int64]:

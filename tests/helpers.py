@@ -86,7 +86,7 @@ def small_config(**changes: Any) -> dict[str, Any]:
 def random_model(
     values: dict[str, Any] | None = None, *, scorer: bool = True, seed: int = 0
 ) -> SttsModel:
-    """Random weights of a size at which scores spread over (0, 1)."""
+    """Random weights; scores spread over (0, 1)."""
     config = ModelConfig.from_dict(values or small_config(), has_scorer=scorer)
     torch.manual_seed(seed)
     model = SttsModel(config).eval()
@@ -101,7 +101,7 @@ def random_model(
                 scale = 1.5 / parameter.shape[-1] ** 0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         if model.vision.scorer:
-            model.vision.scorer.w3.weight.mul_(4)
+            model.vision.scorer.w3.weight.mul_(0.2)
     return model
 
 

@@ -161,7 +161,7 @@ def _list_shards(index: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         file_of = {str(name): index.parent / str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"is not a safetensors index: {error!r}", where=str(index)) from None
     for file in sorted(set(file_of.values())):
         listed = {name for name, holder in file_of.items() if holder == file}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -21,11 +22,9 @@ from stts_export.tensors import (
     GraphSpec,
     Precision,
     TensorSpec,
+    graph_file,
     graph_specs,
 )
-
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 
 _OPSET = 23
 _OPSET_CACHE = 24  # TensorScatter
@@ -33,46 +32,56 @@ _OPSET_CACHE = 24  # TensorScatter
 _TRACE_SIZES = {"frames": 2, "bins": 2, "slots": 4, "tokens": 6, "rows": 3, "capacity": 11}
 
 
-def export_graph(model: SttsModel, graph: str, precision: Precision, folder: Path) -> None:
-    """Write `folder/model.onnx` and its external data, and compare it with PyTorch.
+def export_graph(model: SttsModel, graph: str, precision: Precision, folder: Path) -> Path:
+    """Write a graph and compare it with PyTorch.
+
+    Weights go to external data; those of a variant are the graph's that it varies, which must have
+    been written to `folder` before.
 
     Args:
         model: fp32, in evaluation mode.
         graph: a name of `graph_specs`.
         precision: type of weights and activations.
-        folder: created; must not hold another graph.
+        folder: the `onnx` folder of a bundle.
+
+    Returns:
+        The file that was written.
 
     Raises:
         VerificationError: the graph's interface or its results differ from the model's.
     """
     spec = graph_specs(model.config, precision)[graph]
-    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / graph_file(graph)
+    file.parent.mkdir(parents=True, exist_ok=True)
     module = at_precision(module_for(graph, model), precision)
     program = _trace(module, spec, model.config.vision.patches_per_window)
     _name_axes(program.model.graph, spec)
     _drop_metadata(program.model.graph)
-    program.save(folder / MODEL_FILE, external_data=True)
-    check_graph(spec, precision, folder / MODEL_FILE, model)
+    original = file.with_name("model.onnx")
+    if file == original:
+        program.save(file, external_data=True)
+    else:
+        _refer_to_weights(program.model.graph, original)
+        ir.save(program.model, file)
+    check_graph(spec, precision, file, model)
+    return file
 
 
-def share_data(folder: Path, other: Path) -> None:
-    """Store the weights of two graphs once where their data files are byte for byte equal."""
-    mine, theirs = folder / DATA_FILE, other / DATA_FILE
-    if mine.stat().st_size == theirs.stat().st_size and _same_bytes(mine, theirs):
-        linked = mine.with_suffix(".link")
-        try:
-            os.link(theirs, linked)
-        except OSError:  # a file system without hard links keeps two copies
-            return
-        os.replace(linked, mine)
+def _refer_to_weights(graph: ir.Graph, original: Path) -> None:
+    """Replace initializers by references to equal ones in the data file of `original`."""
+    stored = {
+        _content(value.const_value): value.const_value
+        for value in ir.load(original).graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    for value in graph.initializers.values():
+        value.const_value = stored.get(_content(value.const_value), value.const_value)
 
 
-def _same_bytes(a: Path, b: Path, block: int = 1 << 24) -> bool:
-    with a.open("rb") as left, b.open("rb") as right:
-        while chunk := left.read(block):
-            if chunk != right.read(block):
-                return False
-    return True
+def _content(tensor: ir.TensorProtocol | None) -> tuple[object, ...]:
+    assert tensor is not None
+    digest = hashlib.sha256(tensor.numpy().tobytes()).digest()
+    return tensor.dtype, tuple(tensor.shape), digest
 
 
 def _trace(module: nn.Module, spec: GraphSpec, patches_per_window: int) -> Any:
@@ -116,8 +125,6 @@ def _example(tensor: TensorSpec, patches_per_window: int) -> Tensor:
 
 def _name_axes(graph: Any, spec: GraphSpec) -> None:
     """Give inputs and outputs the contract's axis names; refuse another interface."""
-    import onnx_ir as ir
-
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         if [value.name for value in values] != [tensor.name for tensor in tensors]:
             raise VerificationError(

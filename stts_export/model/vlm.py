@@ -45,6 +45,7 @@ class SttsModel(nn.Module):
         *,
         refill: bool = True,
         keep: Tensor | None = None,
+        scores: Tensor | None = None,
     ) -> EncodedClip:
         """Encode one clip.
 
@@ -53,17 +54,21 @@ class SttsModel(nn.Module):
             prune_ratio: fraction of windows to remove, in [0, 1).
             refill: see `pruning.pack`.
             keep: (T, W) bool; decides in place of the scores, for comparisons given a mask.
+            scores: (T, W) taken in place of the scorer's, for comparisons given scores: the
+                rescaled bias magnifies rounding of scores where a row of them is nearly constant.
         """
         vision = self.vision.config
         count = n_prune(vision.windows, len(frames), prune_ratio) if vision.pruning else 0
         if keep is not None:
             count = int((~keep).sum())
-        scores, hidden = None, None
         if vision.pruning:
             fresh = torch.full((len(frames),), count == 0, device=frames.device)
             fresh[0] = True
-            prev = torch.zeros(1, vision.windows, vision.hidden_size, device=frames.device)
-            hidden, scores, _ = self.vision.lower(frames, fresh, prev)
+            x = self.vision.before_scoring(frames)
+            if scores is None:
+                prev = torch.zeros(1, vision.windows, vision.hidden_size, device=frames.device)
+                scores, _ = self.vision.score(x, fresh, prev)
+            hidden = self.vision.after_scoring(x, scores, fresh)
         else:
             hidden = self.vision.lower_plain(frames)
         if count == 0:

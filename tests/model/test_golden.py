@@ -22,7 +22,7 @@ def case(request: pytest.FixtureRequest) -> GoldenCase:
     return golden_case(request.param)
 
 
-@pytest.fixture()
+@pytest.fixture
 def encoded(model: SttsModel, case: GoldenCase) -> EncodedClip:
     with torch.no_grad():
         return model.encode(torch.from_numpy(case.frames), case.prune_ratio)
