@@ -29,6 +29,9 @@ unit: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench_prune.py
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

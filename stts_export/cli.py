@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from stts_export._version import __version__
 from stts_export.errors import InputError, SttsError
+from stts_export.machine import machine
 from stts_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -307,10 +309,20 @@ def _eval(arguments: Arguments) -> int:
         ratios=ratios,
         selectors=arguments.selector.split(","),
     )
+    results["machine"] = machine()
+    results["command"] = _command(arguments)
     if arguments.output:
         write_json(arguments.output, results)
     print(json.dumps(results) if arguments.json else table(results))
     return 0
+
+
+def _command(arguments: Arguments) -> str:
+    """Return the command line that gives the same results."""
+    words = ["stts-export", "eval", str(arguments.bundle)]
+    for name in ("questions", "clips", "prune_ratio", "selector"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return shlex.join(words)
 
 
 def _bytes_below(folder: Path) -> int:

@@ -13,6 +13,9 @@ from stts_export.errors import InputError, MissingDependencyError
 NAME = "onnxruntime"
 DEVICES = ("cpu", "cuda")
 
+MIN_VERSION = (1, 31)
+"""Older ones compute Attention, RotaryEmbedding or TensorScatter wrongly, or not at all."""
+
 _INSTALL = "pip install 'stts-export[cpu]', or 'stts-export[gpu]' for CUDA"
 _ORT_FATAL_ONLY = 4  # errors reach the caller as exceptions
 
@@ -79,12 +82,21 @@ def open_graph(file: Path, *, device: str | None = None, threads: int | None = N
     """
     if device not in (None, *DEVICES):
         raise InputError(f"device {device!r}", where=NAME, allowed=" or ".join(DEVICES))
+    if threads is not None and threads < 1:
+        raise InputError(f"{threads} threads", where=NAME, allowed="1 or more")
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingDependencyError(
             f"is not installed ({error})", where=NAME, fix=_INSTALL
         ) from None
+    if tuple(int(part) for part in ort.__version__.split(".")[:2]) < MIN_VERSION:
+        raise MissingDependencyError(
+            f"{ort.__version__} is too old: it gives wrong results for these graphs",
+            where=NAME,
+            allowed=f"{'.'.join(map(str, MIN_VERSION))} or newer",
+            fix=_INSTALL,
+        )
     options = ort.SessionOptions()
     options.log_severity_level = _ORT_FATAL_ONLY
     if threads is not None:

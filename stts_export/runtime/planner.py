@@ -131,7 +131,8 @@ def place(counts: Int64Array, capacity: int) -> Placement:
     members: list[int] = []
     for size in sorted(by_size, reverse=True):
         frames = by_size[size]
-        placed, index = 0, 0
+        # Every bin holds a frame of this size or larger: above half a bin no second one fits.
+        placed, index = 0, len(used) if 2 * size > capacity else 0
         while placed < len(frames):
             if index == len(used):
                 used.append(0)

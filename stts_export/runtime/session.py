@@ -151,7 +151,11 @@ class Session:
         limit = self.bundle.manifest.limits.max_frames
         if max_frames is not None and max_frames > limit:
             raise _too_many_frames(max_frames, limit)
-        return read_video(path, max_frames=max_frames or limit, size=self.config.vision.image_size)
+        return read_video(
+            path,
+            max_frames=limit if max_frames is None else max_frames,
+            size=self.config.vision.image_size,
+        )
 
     def encode(
         self,

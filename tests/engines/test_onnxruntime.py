@@ -86,3 +86,13 @@ def test_a_missing_package_says_how_to_install_it(
     with pytest.raises(MissingDependencyError, match=r"stts-export\[cpu\]") as error:
         onnxruntime.open_graph(Bundle.open(small_bundle).graph(DECODER))
     assert error.value.exit_code == 4
+
+
+def test_versions_that_give_wrong_results_are_refused(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import onnxruntime as ort
+
+    monkeypatch.setattr(ort, "__version__", "1.24.3")
+    with pytest.raises(MissingDependencyError, match=r"1\.24\.3 is too old"):
+        onnxruntime.open_graph(Bundle.open(small_bundle).graph(DECODER))

@@ -1,0 +1,1 @@
+"""What the benchmarks share: a model to time, a clip, operation counts, timing."""

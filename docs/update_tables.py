@@ -1,0 +1,100 @@
+"""Write the README's tables from recorded results, or check that they are up to date.
+
+    python docs/update_tables.py [--check]
+
+Numbers are never typed: the accuracy table comes from `stts-export eval`, the speed table from
+`benchmarks/bench_prune.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+ACCURACY = ROOT / "benchmarks" / "results" / "demo_accuracy.json"
+SPEED = ROOT / "benchmarks" / "results" / "bench_prune_cpu.json"
+TYPES = ("colour", "count", "direction", "order", "shape", "all")
+
+
+def accuracy_table() -> str:
+    """Accuracy of the demo checkpoint by question type, ratio and selector."""
+    results = json.loads(ACCURACY.read_text(encoding="utf-8"))
+    lines = [f"| prune ratio | windows | {' | '.join(TYPES)} |", "|---|---|" + "---|" * len(TYPES)]
+    for row in results["rows"]:
+        ratio, chosen = row["prune_ratio"], row["selector"]
+        name = {"stts": "scored", "random": "random"}[chosen] if ratio else "all"
+        cells = " | ".join(f"{row['accuracy'][kind]:.2f}" for kind in TYPES)
+        lines.append(f"| {ratio:g} | {name} | {cells} |")
+    chance = " | ".join(f"{results['chance'][kind]:.2f}" for kind in TYPES[:-1])
+    lines.append(f"| | chance | {chance} | |")
+    asked = ", ".join(f"{results['questions'][kind]} {kind}" for kind in TYPES[:-1])
+    lines.append("")
+    lines.append(
+        f"{results['questions']['all']} held-out questions ({asked}) about {results['clips']} "
+        f"H.264 clips; `{results['command']}` on {results['machine']}."
+    )
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    """Speed-up of the vision tower and of the decoder's prefill by ratio and frames."""
+    results = json.loads(SPEED.read_text(encoding="utf-8"))
+    ratios = sorted({row["prune_ratio"] for row in results["tower"]} - {0.0})
+    header = " | ".join(f"ratio {ratio:g}" for ratio in ratios)
+    lines = [f"| frames | {header} |", "|---|" + "---|" * len(ratios)]
+    for frames in sorted({row["frames"] for row in results["tower"]}):
+        cells = []
+        for ratio in ratios:
+            row = _row(results["tower"], frames, ratio)["against_ratio_0"]["tower"]
+            cells.append(f"{row['speedup']['median']:.2f}x (bound {row['bound']:.2f}x)")
+        lines.append(f"| {frames} | {' | '.join(cells)} |")
+    machine, vision = results["machine"], results["model"]["vision"]
+    blocks = vision["blocks_lower"] + vision["blocks_upper"]
+    lines.append("")
+    lines.append(
+        f"Vision tower of {blocks} blocks, {vision['width']} wide, {vision['windows']} windows a "
+        f"frame, random weights, ONNX Runtime {machine['onnxruntime']} on one thread of "
+        f"{machine['cpu']}; CPU time, median of interleaved runs. `{results['command']}`."
+    )
+    return "\n".join(lines)
+
+
+def _row(rows: list[dict[str, Any]], frames: int, ratio: float) -> dict[str, Any]:
+    return next(r for r in rows if (r["frames"], r["prune_ratio"]) == (frames, ratio))
+
+
+TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy_table, "speed": speed_table}
+
+
+def updated(text: str) -> str:
+    """Replace what stands between the markers of each table."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- table:{name} -->", f"<!-- end:{name} -->"
+        pattern = re.escape(start) + ".*?" + re.escape(end)
+        found = re.findall(pattern, text, flags=re.DOTALL)
+        if len(found) != 1:
+            sys.exit(f"{README.name}: {len(found)} tables named {name}, expected 1")
+        text = text.replace(found[0], f"{start}\n{table()}\n{end}")
+    return text
+
+
+def main() -> None:
+    """Write the tables, or exit with 1 when one is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail when outdated")
+    text = README.read_text(encoding="utf-8")
+    new = updated(text)
+    if parser.parse_args().check:
+        sys.exit(0 if new == text else "README.md: run python docs/update_tables.py")
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
