@@ -23,9 +23,10 @@ from stts_export.bundle import (
     Manifest,
     is_bundle,
     list_files,
-    write_json,
 )
 from stts_export.errors import InputError, MissingDependencyError
+from stts_export.files import json_object, write_json
+from stts_export.runtime.prompt import PromptBuilder
 from stts_export.tensors import (
     PRECISIONS,
     Precision,
@@ -114,24 +115,15 @@ def bundle_from_checkpoint(
         )
     open_checkpoint = _import_exporter()
     source = open_checkpoint(checkpoint)
+    _check_tokenizer(source)
+    limits = _limits(source, spec)
     partial = output.with_name(output.name + ".partial")
     with _readable_disk_errors(partial):
         _prepare(partial, source, spec)
         graphs_from_checkpoint(source, partial, spec, on_stage)
-        limits = _limits(source, spec)
         _copy_config(source.folder, partial / CONFIG_FOLDER)
         (partial / _STAMP).unlink()
-        manifest = Manifest(
-            has_scorer=source.has_scorer,
-            precision=spec.precision,
-            limits=limits,
-            graphs=tuple(graph_specs(source.config, spec.precision)),
-            targets=spec.backends,
-            source=source.folder.name,
-            tool_versions={name: version(name) for name in ("torch", "onnx", "onnxscript")},
-            licences=_licences(source.folder),
-            files=list_files(partial),
-        )
+        manifest = _manifest(source, partial, spec, limits)
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if output.exists():
             shutil.rmtree(output)
@@ -250,16 +242,41 @@ def _readable_disk_errors(partial: Path) -> Iterator[None]:
         ) from error
 
 
+def _manifest(source: Checkpoint, folder: Path, spec: BuildSpec, limits: Limits) -> Manifest:
+    return Manifest(
+        has_scorer=source.has_scorer,
+        precision=spec.precision,
+        limits=limits,
+        graphs=tuple(graph_specs(source.config, spec.precision)),
+        targets=spec.backends,
+        source=source.folder.name,
+        tool_versions={name: version(name) for name in ("torch", "onnx", "onnxscript")},
+        licences=_licences(source.folder),
+        files=list_files(folder),
+    )
+
+
+def _check_tokenizer(source: Checkpoint) -> None:
+    """Find out before the work whether the bundle will take text."""
+    if (source.folder / "tokenizer.json").exists():
+        PromptBuilder.from_folder(source.folder, source.config)
+    else:
+        log.warning(
+            "%s has no tokenizer.json: the bundle takes prompts as token ids only", source.folder
+        )
+
+
 def _limits(source: Checkpoint, spec: BuildSpec) -> Limits:
     max_frames = spec.max_frames
     preprocessing = source.folder / "video_preprocessor_config.json"
-    if max_frames is None and preprocessing.exists():
-        try:
-            max_frames = json.loads(preprocessing.read_text(encoding="utf-8")).get("num_frames")
-        except ValueError as error:
-            raise InputError(f"is not JSON: {error}", where=str(preprocessing)) from None
+    if max_frames is None:
+        max_frames = json_object(preprocessing).get("num_frames", DEFAULT_MAX_FRAMES)
+        if type(max_frames) is not int:
+            raise InputError(
+                f"num_frames is {max_frames!r}", where=str(preprocessing), allowed="an integer"
+            )
     return Limits(
-        max_frames=max_frames or DEFAULT_MAX_FRAMES,
+        max_frames=max_frames,
         max_tokens=source.config.text.max_position_embeddings,
         min_prune_ratio=spec.min_prune_ratio,
     )
@@ -270,8 +287,6 @@ def _copy_config(source: Path, target: Path) -> None:
     for name in _CONFIG_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
-    if not (source / "tokenizer.json").exists():
-        log.warning("%s has no tokenizer.json: the bundle takes prompts as token ids only", source)
 
 
 def _licences(source: Path) -> dict[str, str]:

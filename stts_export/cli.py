@@ -242,7 +242,8 @@ def _verify_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _verify(arguments: Arguments) -> int:
-    from stts_export.bundle import REPORT_FOLDER, write_json
+    from stts_export.bundle import REPORT_FOLDER
+    from stts_export.files import write_json
     from stts_export.verify import verify
 
     report = verify(arguments.bundle, arguments.against, arguments.video)
@@ -293,7 +294,7 @@ def _eval_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: Arguments) -> int:
-    from stts_export.bundle import write_json
+    from stts_export.files import write_json
     from stts_export.training.evaluation import evaluate, table
 
     try:

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 
 from stts_export.config import ModelConfig, TokenIds
 from stts_export.errors import InputError
+from stts_export.files import json_object
 from stts_export.runtime.tokenizer import (
     TextStream,
     decode,
-    json_object,
     load_tokenizer,
     sequence_ends,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from stts_export.bundle import CONFIG_FOLDER, Bundle
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
+from stts_export.files import json_object
 from stts_export.runtime import decoder, planner, vision
 from stts_export.runtime.prompt import Conversation, PromptBuilder, keep_tokens, visual_groups
 from stts_export.runtime.resize import check_frames, resize_frames
@@ -386,9 +386,7 @@ def _is_text(prompt: object) -> bool:
 def _eos_ids(bundle: Bundle) -> frozenset[int]:
     """Tokens that end an answer of a bundle without a tokenizer; none when it names none."""
     path = bundle.folder / CONFIG_FOLDER / "generation_config.json"
-    if not path.exists():
-        return frozenset()
-    value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    value = json_object(path).get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
     return frozenset(token for token in ids if isinstance(token, int))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from stts_export.errors import InputError
+from stts_export.files import json_object
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -106,23 +106,6 @@ class TextStream:
     def _pending(self) -> str:
         shown = decode(self.tokenizer, self._ids[self._context : self._shown])
         return decode(self.tokenizer, self._ids[self._context :])[len(shown) :]
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, empty when there is no such file.
-
-    Raises:
-        InputError: the file cannot be read or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
-    if not isinstance(values, dict):
-        raise InputError("is not a JSON object", where=str(path))
-    return values
 
 
 def _token_id(value: object, tokenizer: Tokenizer) -> int | None:

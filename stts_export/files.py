@@ -1,0 +1,36 @@
+"""JSON files, read with a clear error and written all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stts_export.errors import InputError
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty when there is no such file.
+
+    Raises:
+        InputError: the file cannot be read or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise InputError("is not a JSON object", where=str(path))
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON beside its final name and move it there when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
