@@ -25,7 +25,7 @@ from stts_export.bundle import (
     list_files,
 )
 from stts_export.errors import InputError, MissingDependencyError
-from stts_export.files import json_object, write_json
+from stts_export.files import json_object, readable_size, write_json
 from stts_export.runtime.prompt import PromptBuilder
 from stts_export.tensors import (
     PRECISIONS,
@@ -207,8 +207,9 @@ def _prepare(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
         resumable = False
     if not resumable and partial.exists():
         shutil.rmtree(partial)
-    (partial / GRAPH_FOLDER).mkdir(parents=True, exist_ok=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     _check_space(partial, source, spec)
+    (partial / GRAPH_FOLDER).mkdir(parents=True, exist_ok=True)
     write_json(partial / _STAMP, stamp)
 
 
@@ -218,12 +219,12 @@ def _check_space(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
     # A checkpoint of 2-byte weights doubles in fp32.
     needed = int(stored * (2 if _BYTES[spec.precision] == 4 else 1) * 1.3)
     done = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    free = shutil.disk_usage(partial).free
+    free = shutil.disk_usage(partial.parent).free
     if free < needed - done:
         raise InputError(
-            f"{free / 1e9:.1f} GB free",
+            f"{readable_size(free)} free",
             where=str(partial.parent),
-            allowed=f"about {needed / 1e9:.1f} GB for this bundle",
+            allowed=f"about {readable_size(needed)} for this bundle",
             fix="free some space, choose another disk with -o, or build with --precision fp16",
         )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from stts_export._version import __version__
 from stts_export.errors import InputError, SttsError
+from stts_export.files import readable_size, write_json
 from stts_export.machine import machine
 from stts_export.progress import Progress
 
@@ -103,7 +104,7 @@ def _build(arguments: Arguments) -> int:
         arguments.checkpoint, arguments.output, spec, force=arguments.force, on_stage=on_stage
     )
     seconds = time.perf_counter() - started
-    print(f"{bundle}: {_size(_bytes_below(bundle))}, built in {seconds:.0f} s")
+    print(f"{bundle}: {readable_size(_bytes_below(bundle))}, built in {seconds:.0f} s")
     return 0
 
 
@@ -243,7 +244,6 @@ def _verify_options(verb: argparse.ArgumentParser) -> None:
 
 def _verify(arguments: Arguments) -> int:
     from stts_export.bundle import REPORT_FOLDER
-    from stts_export.files import write_json
     from stts_export.verify import verify
 
     report = verify(arguments.bundle, arguments.against, arguments.video)
@@ -294,7 +294,6 @@ def _eval_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: Arguments) -> int:
-    from stts_export.files import write_json
     from stts_export.training.evaluation import evaluate, table
 
     try:
@@ -328,10 +327,6 @@ def _command(arguments: Arguments) -> str:
 
 def _bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 _VERBS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None], Handler], ...] = (

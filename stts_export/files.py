@@ -34,3 +34,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def readable_size(count: int) -> str:
+    """Format a number of bytes in MB or GB."""
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

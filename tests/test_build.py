@@ -94,7 +94,7 @@ def test_too_little_space_is_found_before_the_work(
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match="GB free"):
+    with pytest.raises(InputError, match=r"0\.0 MB free"):
         bundle_from_checkpoint(small_checkpoint, tmp_path / "bundle")
     assert recorded == []
 
