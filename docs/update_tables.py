@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+TRAINING = ROOT / "examples" / "demo_checkpoint" / "training.json"
 ACCURACY = ROOT / "benchmarks" / "results" / "demo_accuracy.json"
 SPEED = ROOT / "benchmarks" / "results" / "bench_prune_cpu.json"
 TYPES = ("colour", "count", "direction", "order", "shape", "all")
@@ -26,6 +27,7 @@ TYPES = ("colour", "count", "direction", "order", "shape", "all")
 def accuracy_table() -> str:
     """Accuracy of the demo checkpoint by question type, ratio and selector."""
     results = json.loads(ACCURACY.read_text(encoding="utf-8"))
+    made = json.loads(TRAINING.read_text(encoding="utf-8"))
     lines = [f"| prune ratio | windows | {' | '.join(TYPES)} |", "|---|---|" + "---|" * len(TYPES)]
     for row in results["rows"]:
         ratio, chosen = row["prune_ratio"], row["selector"]
@@ -39,6 +41,11 @@ def accuracy_table() -> str:
     lines.append(
         f"{results['questions']['all']} held-out questions ({asked}) about {results['clips']} "
         f"H.264 clips; `{results['command']}` on {results['machine']}."
+    )
+    lines.append(
+        f"{made['parameters'] / 1e6:.1f} M parameters, trained for "
+        f"{made['training_seconds'] / 60:.0f} minutes with seed {made['seed']} on "
+        f"{made['threads']} thread of {made['machine']}."
     )
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stts_export.errors import InputError, did_you_mean
+from stts_export.transformers_config import original_names
 
 # Keys of transformers' PretrainedConfig and of generation, without effect on the forward pass.
 _INERT = frozenset(
@@ -81,6 +82,20 @@ class _Section:
                 )
 
 
+def _check_ranges(config: object, section: str, at_least_one: tuple[str, ...]) -> None:
+    """Refuse sizes below 1."""
+    for name in at_least_one:
+        value = getattr(config, name)
+        if value < 1:
+            raise InputError(f"{name} is {value}", where=section, allowed="1 or more")
+
+
+def _check_number(name: str, value: float, section: str, low: float, high: float) -> None:
+    """Refuse numbers outside the open interval (low, high), and NaN."""
+    if not low < value < high:
+        raise InputError(f"{name} is {value}", where=section, allowed=f"above {low}, below {high}")
+
+
 _JSON_NAMES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array"}
 
 
@@ -94,6 +109,17 @@ class PruningConfig:
     """The ratio the checkpoint was trained with (`topk`); the default at run time."""
     rescale_bias_min: float = math.exp(-2)
     """Smallest rescaled score, so that the log-bias stays within [log(min), 0]."""
+
+    def __post_init__(self) -> None:
+        if self.prune_at < 0:
+            raise InputError(
+                f"prune_at is {self.prune_at}", where="vit_config", allowed="0 or more"
+            )
+        if not 0 <= self.trained_prune_ratio < 1:
+            raise InputError(
+                f"topk is {self.trained_prune_ratio}", where="vit_config", allowed="[0, 1)"
+            )
+        _check_number("rescale_bias_min", self.rescale_bias_min, "vit_config", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -118,6 +144,9 @@ class VisionConfig:
     """None when the checkpoint has no scorer."""
 
     def __post_init__(self) -> None:
+        sizes = ("patch_size", "hidden_size", "intermediate_size", "num_heads", "head_dim")
+        _check_ranges(self, "vit_config", sizes)
+        _check_number("layer_norm_eps", self.layer_norm_eps, "vit_config", 0, 1)
         unit = self.patch_size * self.pool
         if any(side % unit or side <= 0 for side in self.image_size):
             raise InputError(
@@ -168,6 +197,10 @@ class ConnectorConfig:
     head_dim: int
     intermediate_size: int
 
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "num_heads", "head_dim", "intermediate_size")
+        _check_ranges(self, "adapter_config", sizes)
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -184,6 +217,27 @@ class TextConfig:
     rope_theta: float
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+            "head_dim", "vocab_size", "max_position_embeddings",
+        )  # fmt: skip
+        _check_ranges(self, "text_config", sizes)
+        _check_number("rope_theta", self.rope_theta, "text_config", 0, math.inf)
+        _check_number("layer_norm_eps", self.rms_norm_eps, "text_config", 0, 1)
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"num_key_value_heads is {self.num_kv_heads}",
+                where="text_config",
+                allowed=f"a divisor of num_attention_heads = {self.num_heads}",
+            )
+        if self.head_dim % 2:
+            raise InputError(
+                f"head_dim is {self.head_dim}",
+                where="text_config",
+                allowed="an even number, for rotary embedding",
+            )
 
 
 @dataclass(frozen=True)
@@ -262,6 +316,7 @@ class ModelConfig:
                 allowed="'molmo2'",
                 fix="pass a Molmo2 checkpoint folder, with or without STTS scorer weights",
             )
+        original, values = values, original_names(values, where)
         top = _Section(values, where)
         sections = {}
         for name in ("vit_config", "adapter_config", "text_config"):
@@ -293,7 +348,7 @@ class ModelConfig:
                 allowed=f"ids below vocab_size + additional_vocab_size = {limit}",
             )
         return ModelConfig(
-            vision, connector, text, tokens, use_frame_special_tokens, extra=dict(values)
+            vision, connector, text, tokens, use_frame_special_tokens, extra=dict(original)
         )
 
 

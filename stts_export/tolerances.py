@@ -49,11 +49,11 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
 
 
 def difference(got: ArrayLike, reference: ArrayLike, measure: Measure) -> float:
-    """Distance of `got` from `reference`; infinite when `got` has NaN or infinity."""
+    """Distance of `got` from `reference`; infinite when either has NaN or infinity."""
     a, b = np.asarray(got, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
-    if not np.isfinite(a).all():
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("inf")
     if a.size == 0:
         return 0.0

@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stts_export.bundle import Bundle
+from stts_export.engines import onnxruntime
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.probe import moving_clip
-from stts_export.runtime import planner
-from stts_export.runtime.session import Session
+from stts_export.runtime import planner, vision
+from stts_export.runtime.session import EncodedClip, Session
+from stts_export.tensors import VISION_LOWER, VISION_UPPER
 from stts_export.tolerances import TOLERANCES, difference
 
 if TYPE_CHECKING:
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
 MAX_FLIPPED = 0.005
 """Share of windows that a precision other than fp32 may decide otherwise."""
 BUILT_IN_FRAMES = (1, 5, 12)
-_RATIOS = (0.5, 0.8)
+_RATIOS = (0.0, 0.5, 0.8)
 _TEXT_TOKENS = 12
 _NEW_TOKENS = 8
+_FRAME_TOKENS = 3  # a stand-in for the timestamp, and the frame's start and end
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,55 @@ def verify(bundle: Path, checkpoint: Path, videos: Sequence[Path] = ()) -> Repor
         )
     report = Report(str(bundle), str(checkpoint), opened.manifest.precision)
     with Session.open(bundle) as session:
+        masked = _MaskedUpper(opened)
         for name, frames in _clips(session, videos):
-            for ratio in (0.0, *_RATIOS) if model.config.vision.pruning else (0.0,):
-                if ratio == 0 or ratio >= opened.manifest.limits.min_prune_ratio:
-                    _Comparison(report, session, model, name, frames, ratio).run()
+            for ratio in _ratios(opened, len(frames)):
+                _Comparison(report, session, masked, model, name, frames, ratio).run()
+    if not report.checks:
+        raise InputError(
+            f"no clip fits into {opened.manifest.limits.max_tokens} tokens",
+            where=str(bundle),
+            fix="pass a shorter file with --video",
+        )
     return report
+
+
+def _ratios(bundle: Bundle, frames: int) -> list[float]:
+    """Ratios that the bundle accepts and at which the prompt of a clip fits."""
+    limits, vision = bundle.manifest.limits, bundle.config.vision
+    wanted = {0.0}
+    if vision.pruning:
+        trained = vision.pruning.trained_prune_ratio
+        wanted = {ratio for ratio in (*_RATIOS, trained) if ratio >= limits.min_prune_ratio}
+        wanted.add(limits.min_prune_ratio)
+    text = frames * _FRAME_TOKENS + _TEXT_TOKENS + _NEW_TOKENS
+    total = frames * vision.windows
+    return [
+        ratio
+        for ratio in sorted(wanted)
+        if total - planner.n_prune(vision.windows, frames, ratio) + text <= limits.max_tokens
+    ]
+
+
+class _MaskedUpper:
+    """The bundle's `vision_upper`, which sessions on the CPU leave to other back ends."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.lower = onnxruntime.open_graph(bundle.graph(VISION_LOWER))
+        self.upper = onnxruntime.open_graph(bundle.graph(VISION_UPPER))
+
+    def features(self, frames: NDArray[np.uint8], keep: NDArray[np.bool_]) -> NDArray[Any]:
+        """Features (K, C) of kept windows, by way of bins and segments."""
+        config, precision = self.bundle.config.vision, self.bundle.manifest.precision
+        hidden, _ = vision.run_lower(self.lower, config, precision, frames, bool(keep.all()))
+        plan = planner.pack(keep)
+        windows = hidden.reshape(keep.size, -1)
+        rows = []
+        for gather, segment in zip(plan.gather_window, plan.segment, strict=True):
+            bins = windows[gather].reshape(1, -1, config.hidden_size)
+            rows.append(self.upper({"bins": bins, "segment": segment[None]})["packed_features"][0])
+        return np.concatenate(rows)[plan.kept_slot]
 
 
 class _Comparison:
@@ -118,6 +165,7 @@ class _Comparison:
         self,
         report: Report,
         session: Session,
+        masked: _MaskedUpper,
         model: SttsModel,
         clip: str,
         frames: NDArray[np.uint8],
@@ -125,6 +173,7 @@ class _Comparison:
     ) -> None:
         self.report = report
         self.session = session
+        self.masked = masked
         self.model = model
         self.clip = clip
         self.frames = frames
@@ -151,7 +200,10 @@ class _Comparison:
                     keep=oracle.keep,
                     scores=torch.from_numpy(clip.scores),
                 )
-        self._compare("packed_features", clip.features, oracle.features.numpy())
+        features = oracle.features.numpy()
+        self._compare("packed_features", clip.features, features)
+        masked = self.masked.features(self.frames, keep)
+        self._compare("packed_features", masked, features, "packed_features of vision_upper")
         ids = _prompt(self.model, keep)
         with torch.no_grad():
             compact = torch.from_numpy(ids[ids >= 0])
@@ -163,10 +215,12 @@ class _Comparison:
         if self.report.precision == "fp32":
             self._compare_tokens(clip, full, greedy)
 
-    def _compare(self, name: str, got: NDArray[Any], reference: NDArray[Any]) -> None:
+    def _compare(
+        self, name: str, got: NDArray[Any], reference: NDArray[Any], label: str | None = None
+    ) -> None:
         tolerance = TOLERANCES[name, self.report.precision]
         off = difference(got, reference, tolerance.measure)
-        self._add(name, tolerance.measure, off, tolerance.limit)
+        self._add(label or name, tolerance.measure, off, tolerance.limit)
 
     def _compare_windows(
         self,
@@ -188,9 +242,12 @@ class _Comparison:
         distance = float(np.abs(raised - threshold)[flipped].max())
         self._add("flips near threshold", "score distance", distance, 2 * error)
 
-    def _compare_tokens(self, clip: Any, prompt: NDArray[np.int64], greedy: list[int]) -> None:
+    def _compare_tokens(
+        self, clip: EncodedClip, prompt: NDArray[np.int64], greedy: list[int]
+    ) -> None:
         answer = self.session.generate(clip, prompt, len(greedy))
-        expected = greedy[: len(answer.token_ids)]
+        ends = [index for index, token in enumerate(greedy) if token in self.session.eos_token_ids]
+        expected = greedy[: ends[0]] if ends else greedy
         same = answer.token_ids == expected
         self._add("greedy tokens differ", "flag", 0.0 if same else 1.0, 0)
 
@@ -224,9 +281,10 @@ def _prompt(model: SttsModel, keep: NDArray[np.bool_]) -> NDArray[np.int64]:
     """A sequence as before pruning, with -1 in place of the removed windows' ids."""
     rng = np.random.default_rng(1)
     tokens = model.config.tokens
-    text = rng.integers(0, model.config.text.vocab_size, (len(keep) + 1, _TEXT_TOKENS))
+    words = np.setdiff1d(np.arange(model.config.text.vocab_size), tokens.visual)
+    text = rng.choice(words, (len(keep) + 1, _TEXT_TOKENS))
     sequence: list[int] = []
-    for frame, words in zip(keep, text, strict=False):
+    for frame, chosen in zip(keep, text, strict=False):
         windows = np.where(frame, tokens.im_patch, -1).tolist()
-        sequence += [int(words[0]), tokens.frame_start, *windows, tokens.frame_end]
+        sequence += [int(chosen[0]), tokens.frame_start, *windows, tokens.frame_end]
     return np.array(sequence + text[-1].tolist(), dtype=np.int64)

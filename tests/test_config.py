@@ -73,6 +73,47 @@ def test_wrong_types_are_refused(key: str, value: Any):
         _parse(small_config(**{key: value}))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vit_config.prune_at", -3),
+        ("vit_config.topk", 1.5),
+        ("vit_config.topk", float("nan")),
+        ("vit_config.rescale_bias_min", -1.0),
+        ("vit_config.image_patch_size", 0),
+        ("vit_config.hidden_size", -3),
+        ("vit_config.layer_norm_eps", float("nan")),
+        ("adapter_config.intermediate_size", 0),
+        ("text_config.num_key_value_heads", 3),
+        ("text_config.head_dim", 15),
+        ("text_config.rope_theta", 0.0),
+        ("text_config.max_position_embeddings", 0),
+    ],
+)
+def test_values_outside_their_range_are_refused_by_name(key: str, value: Any):
+    section, name = key.split(".")
+    name = {"image_patch_size": "patch_size", "num_key_value_heads": "num_key_value"}.get(
+        name, name
+    )
+    with pytest.raises(InputError, match=name) as error:
+        _parse(small_config(**{key: value}))
+    assert section in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_current_transformers_saves_is_read(tmp_path: Path):
+    from transformers import Molmo2Config
+
+    values = small_config()
+    Molmo2Config(**values).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "vision_config" in saved
+    assert _parse(saved) == _parse(values)
+    saved["text_config"]["rope_parameters"]["rope_type"] = "yarn"
+    with pytest.raises(InputError, match="rope_type = 'yarn'"):
+        _parse(saved)
+
+
 def test_a_grid_that_does_not_divide_is_refused():
     values = small_config(**{"vit_config.image_default_input_size": [84, 112]})
     with pytest.raises(InputError, match="multiples of 42"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from stts_export.bundle import Bundle
 from stts_export.cli import main
 from stts_export.errors import InputError
-from stts_export.verify import MAX_FLIPPED, verify
+from stts_export.runtime import decoder
+from stts_export.verify import MAX_FLIPPED, _MaskedUpper, verify
 from tests.helpers import GOLDEN, random_checkpoint, small_config
 
 
@@ -21,6 +24,66 @@ def test_a_bundle_agrees_with_its_checkpoint(golden_bundle: Path):
     assert {"scores", "windows flipped", "packed_features", "logits"} <= names
     limit = 0 if Bundle.open(golden_bundle).manifest.precision == "fp32" else MAX_FLIPPED
     assert all(c.limit == limit for c in report.checks if c.name == "windows flipped")
+
+
+def _with_limits(bundle: Path, folder: Path, **limits: float) -> Path:
+    copied = Path(shutil.copytree(bundle, folder))
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["limits"] |= limits
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    return copied
+
+
+def test_a_lowest_ratio_is_where_the_comparison_begins(
+    tmp_path: Path, small_bundle: Path, small_checkpoint: Path
+):
+    bundle = _with_limits(small_bundle, tmp_path / "b", min_prune_ratio=0.4)
+    report = verify(bundle, small_checkpoint)
+    assert report.passed
+    assert {check.prune_ratio for check in report.checks} == {0.4, 0.5, 0.8}
+
+
+def test_clips_that_do_not_fit_the_context_are_left_out(
+    tmp_path: Path, small_bundle: Path, small_checkpoint: Path
+):
+    bundle = _with_limits(small_bundle, tmp_path / "b", max_tokens=60)
+    report = verify(bundle, small_checkpoint)
+    assert report.passed
+    assert {c.prune_ratio for c in report.checks if c.clip.endswith("5 frames")} == {0.5, 0.8}
+    with pytest.raises(InputError, match="no clip fits into 20 tokens"):
+        verify(_with_limits(small_bundle, tmp_path / "c", max_tokens=20), small_checkpoint)
+
+
+def test_a_decoder_that_stops_at_once_is_found(
+    small_bundle: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    nothing = decoder.Continuation([], "stop", 0.0, 0.0)
+    monkeypatch.setattr(decoder, "generate", lambda *_, **__: nothing)
+    report = verify(small_bundle, small_checkpoint)
+    assert {c.name for c in report.checks if not c.passed} == {"greedy tokens differ"}
+
+
+def test_a_broken_masked_graph_is_found(
+    tmp_path: Path, small_bundle: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Sessions on the CPU do not run it, so nothing else would notice."""
+    real = _MaskedUpper.features
+    monkeypatch.setattr(_MaskedUpper, "features", lambda *a: real(*a) * np.float32(1.01))
+    report = verify(small_bundle, small_checkpoint)
+    failed = {c.name for c in report.checks if not c.passed}
+    assert failed == {"packed_features of vision_upper"}
+
+
+def test_a_changed_file_ends_with_exit_code_3(
+    tmp_path: Path, small_bundle: Path, small_checkpoint: Path, capsys
+):
+    bundle = Path(shutil.copytree(small_bundle, tmp_path / "b"))
+    data = bundle / "onnx/decoder/model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[-5] ^= 1
+    data.write_bytes(content)
+    assert main(["verify", str(bundle), "--against", str(small_checkpoint)]) == 3
+    assert "was changed after the build" in capsys.readouterr().err
 
 
 def test_other_weights_are_found(tmp_path: Path, small_bundle: Path):

@@ -2,9 +2,16 @@
 
 from stts_export.checkpoint.huggingface import (
     Checkpoint,
+    check_tensors,
     model_from_checkpoint,
     open_checkpoint,
     save_checkpoint,
 )
 
-__all__ = ["Checkpoint", "model_from_checkpoint", "open_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "check_tensors",
+    "model_from_checkpoint",
+    "open_checkpoint",
+    "save_checkpoint",
+]

@@ -31,7 +31,7 @@ from stts_export.model.vlm import SttsModel
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,26 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> SttsModel:
     Raises:
         InputError: tensors are missing, of another shape or type, or of no known use.
     """
+    model, source = check_tensors(checkpoint)
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(set(checkpoint.file_of.values())):
+        with _opened(file) as tensors:
+            for ours, name in source.items():
+                if checkpoint.file_of[name] == file:
+                    state[ours] = _finite(tensors.get_tensor(name).float(), name, file)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def check_tensors(checkpoint: Checkpoint) -> tuple[SttsModel, dict[str, str]]:
+    """Check names, shapes and types of all tensors without loading any.
+
+    Returns:
+        The model without values (on the meta device), and its parameters' names in the checkpoint.
+
+    Raises:
+        InputError: tensors are missing, of another shape or type, or of no known use.
+    """
     with torch.device("meta"):
         model = SttsModel(checkpoint.config)
     source = {ours: checkpoint_name(ours) for ours, _ in model.named_parameters()}
@@ -78,15 +98,13 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> SttsModel:
         tied = next(ours for ours, theirs in source.items() if theirs == LM_HEAD)
         source[tied] = TOKEN_EMBEDDING
     _check_names(checkpoint, set(source.values()))
-    state: dict[str, torch.Tensor] = {}
     for file in sorted(set(checkpoint.file_of.values())):
         with _opened(file) as tensors:
             for ours, parameter in model.named_parameters():
                 name = source[ours]
                 if checkpoint.file_of[name] == file:
-                    state[ours] = _checked(tensors.get_tensor(name), parameter, name, file).float()
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+                    _check_tensor(tensors.get_slice(name), parameter, name, file)
+    return model, source
 
 
 def save_checkpoint(model: SttsModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -222,20 +240,30 @@ def _above_taps(name: str, num_layers: int) -> bool:
     return bool(match) and int(match[1]) >= num_layers  # type: ignore[index]
 
 
-def _checked(tensor: torch.Tensor, parameter: torch.Tensor, name: str, file: Path) -> torch.Tensor:
-    if tensor.shape != parameter.shape:
+def _check_tensor(stored: Any, parameter: torch.Tensor, name: str, file: Path) -> None:
+    """Compare a safetensors slice, which is not loaded, with the parameter it is for."""
+    if tuple(stored.get_shape()) != tuple(parameter.shape):
         raise InputError(
-            f"{name} has shape {tuple(tensor.shape)}",
+            f"{name} has shape {tuple(stored.get_shape())}",
             where=str(file),
             allowed=f"{tuple(parameter.shape)}, by config.json",
             fix="config.json belongs to another checkpoint",
         )
-    if tensor.dtype not in _FLOATS:
+    if stored.get_dtype() not in _FLOATS:
         raise InputError(
-            f"{name} has type {tensor.dtype}",
+            f"{name} has type {stored.get_dtype()}",
             where=str(file),
-            allowed="float32, float16 or bfloat16",
+            allowed=" or ".join(_FLOATS),
             fix="export an unquantised checkpoint",
+        )
+
+
+def _finite(tensor: torch.Tensor, name: str, file: Path) -> torch.Tensor:
+    if not torch.isfinite(tensor).all():
+        raise InputError(
+            f"{name} has NaN or infinite values",
+            where=str(file),
+            fix="the training diverged or the file is damaged: take an earlier checkpoint",
         )
     return tensor
 

@@ -65,7 +65,7 @@ def _compare(
 ) -> None:
     tolerance = TOLERANCES[name, precision]
     off = difference(got, reference.numpy(), tolerance.measure)
-    if off > tolerance.limit:
+    if not off <= tolerance.limit:
         raise VerificationError(
             f"{name} {got.shape} differs from PyTorch by {off:.2g} ({tolerance.measure})",
             where=f"{graph} ({precision})",

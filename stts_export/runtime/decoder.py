@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stts_export.config import ModelConfig
+from stts_export.errors import InputError
 from stts_export.tensors import ACTIVATION, Precision, past_names, present_names
 
 OnToken = Callable[[int], None]
@@ -114,6 +115,9 @@ def step(
 
     Returns:
         (V,) logits after the last of them.
+
+    Raises:
+        InputError: logits have NaN or infinity, as after an overflow in fp16.
     """
     inputs = {
         "input_ids": ids[None],
@@ -124,4 +128,10 @@ def step(
     outputs = runner({**inputs, **cache.past}, cache.present)
     cache.length += len(ids)
     logits: NDArray[np.float32] = outputs["logits"][0]
+    if not np.isfinite(logits).all():
+        raise InputError(
+            "logits are not finite",
+            where="decoder",
+            fix="a value overflowed: build the bundle with --precision fp32",
+        )
     return logits

@@ -10,7 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stts_export.checkpoint import model_from_checkpoint, open_checkpoint, save_checkpoint
+from stts_export.checkpoint import (
+    check_tensors,
+    model_from_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
 from stts_export.checkpoint.names import LM_HEAD, SCORER_PREFIX, TOKEN_EMBEDDING
 from stts_export.errors import InputError
 from tests.helpers import random_checkpoint, random_model, small_config
@@ -136,7 +141,17 @@ def test_integer_weights_are_refused(folder: Path):
     weights = _weights(folder)
     weights["model.transformer.ln_f.weight"] = torch.ones(32, dtype=torch.int8)
     _rewrite(folder, weights)
-    with pytest.raises(InputError, match="int8"):
+    with pytest.raises(InputError, match="I8"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(folder: Path, value: float):
+    weights = _weights(folder)
+    weights["model.transformer.ln_f.weight"][3] = value
+    _rewrite(folder, weights)
+    check_tensors(open_checkpoint(folder))
+    with pytest.raises(InputError, match=r"ln_f\.weight has NaN or infinite"):
         _load(folder)
 
 
