@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,8 @@ from stts_export.bundle import (
     list_files,
 )
 from stts_export.errors import InputError, MissingDependencyError
-from stts_export.files import json_object, readable_size, write_json
+from stts_export.files import check_utf8, readable_size, write_json
+from stts_export.preprocessing import video_preprocessing
 from stts_export.runtime.prompt import PromptBuilder
 from stts_export.tensors import (
     PRECISIONS,
@@ -42,7 +44,11 @@ log = logging.getLogger(__name__)
 BACKENDS = ("onnxruntime",)
 DEFAULT_MAX_FRAMES = 64
 
-_STAMP = "build.json"
+# In the working folder only: what is being built, and the lock of the build that does it.
+_STAMP, _LOCK = "build.json", "build.lock"
+_EXPORTER = (
+    "torch", "safetensors", "onnx", "onnxscript", "onnx_ir", "ml_dtypes", "onnxruntime",
+)  # fmt: skip
 # The checkpoint's own files that the runtime or its user may need.
 _CONFIG_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -71,6 +77,8 @@ class BuildSpec:
             raise InputError(
                 f"precision {self.precision!r}", where="build", allowed=" or ".join(PRECISIONS)
             )
+        if not self.backends:
+            raise InputError("no back end", where="build", allowed=" or ".join(BACKENDS))
         for backend in self.backends:
             if backend not in BACKENDS:
                 raise InputError(
@@ -101,33 +109,41 @@ def bundle_from_checkpoint(
         on_stage: called when a stage begins.
 
     Raises:
-        InputError: the checkpoint, the output or the free disk space is at fault.
+        InputError: the checkpoint, the output or the free disk space is at fault, or another build
+            is writing the same bundle.
         VerificationError: a graph differs from the checkpoint.
         MissingDependencyError: torch, onnx or onnxruntime is not installed.
     """
     spec = spec or BuildSpec()
-    _check_output(output, force)
-    if is_bundle(checkpoint):
-        raise InputError(
-            "is a bundle already",
-            where=str(checkpoint),
-            allowed="a checkpoint folder; a bundle runs on ONNX Runtime as it is",
-        )
-    open_checkpoint = _import_exporter()
-    source = open_checkpoint(checkpoint)
-    _check_tokenizer(source)
-    limits = _limits(source, spec)
+    _check_name(output)
     partial = output.with_name(output.name + ".partial")
-    with _readable_disk_errors(partial):
-        _prepare(partial, source, spec)
-        graphs_from_checkpoint(source, partial, spec, on_stage)
-        _copy_config(source.folder, partial / CONFIG_FOLDER)
-        (partial / _STAMP).unlink()
-        manifest = _manifest(source, partial, spec, limits)
-        (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(partial, output)
+    with _readable_disk_errors(checkpoint, partial):
+        _check_apart(output, [checkpoint])
+        _check_paths(output, force)
+        if is_bundle(checkpoint):
+            raise InputError(
+                "is a bundle already",
+                where=str(checkpoint),
+                allowed="a checkpoint folder; a bundle runs on ONNX Runtime as it is",
+            )
+        _check_exporter()
+        from stts_export.checkpoint import check_tensors, open_checkpoint
+
+        source = open_checkpoint(checkpoint)
+        check_tensors(source)
+        _check_tokenizer(source)
+        limits = _limits(source, spec)
+    with _readable_disk_errors(source.folder, partial):
+        _check_apart(output, [source.folder, *source.file_of.values()])
+        _check_space(partial, source, spec)
+        partial.mkdir(parents=True, exist_ok=True)
+        with _locked(partial):
+            _prepare(partial, source, spec)
+            graphs_from_checkpoint(source, partial, spec, on_stage)
+            _copy_config(source.folder, partial / CONFIG_FOLDER)
+            manifest = _manifest(source, partial, spec, limits)
+            (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            _publish(partial, output, force)
     return output
 
 
@@ -148,10 +164,10 @@ def graphs_from_checkpoint(
     model = model_from_checkpoint(source)
     unfinished = graphs / "unfinished"
     for number, stage in enumerate(stages, start=1):
-        if on_stage:
-            on_stage(stage, number, len(stages))
         if stage not in todo:
             continue
+        if on_stage:
+            on_stage(stage, number, len(stages))
         shutil.rmtree(unfinished, ignore_errors=True)
         for name in stages[stage]:
             export_graph(model, name, spec.precision, unfinished)
@@ -159,34 +175,126 @@ def graphs_from_checkpoint(
     unfinished.rmdir()
 
 
-def _import_exporter() -> Callable[[Path], Checkpoint]:
+def _check_exporter() -> None:
+    """Find out before the work whether everything that it needs is installed."""
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-
-        from stts_export.checkpoint import open_checkpoint
+        for name in _EXPORTER:
+            import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
             f"building from a checkpoint needs a package that is not installed: {error}",
             where="build",
             fix="pip install 'stts-export[cpu,export]'",
         ) from None
-    return open_checkpoint
+
+
+def _check_name(output: Path) -> None:
+    check_utf8(output)
+    if output.name in ("", ".."):
+        raise InputError(
+            "is not the name of a new folder", where=str(output), allowed="a name, such as bundle"
+        )
+
+
+def _check_apart(output: Path, read: Iterable[Path]) -> None:
+    """Refuse to write where the checkpoint is read from."""
+    for folder in (output, output.with_name(output.name + ".partial")):
+        target = Path(os.path.realpath(folder))
+        for path in read:
+            real = Path(os.path.realpath(path))
+            if target.is_relative_to(real) or real.is_relative_to(target):
+                raise InputError(
+                    f"overlaps the checkpoint ({path})",
+                    where=str(folder),
+                    fix="choose an output outside the checkpoint",
+                )
+
+
+def _check_paths(output: Path, force: bool) -> None:
+    """Refuse an output that cannot be written, or whose writing would remove what is not ours."""
+    _check_output(output, force)
+    partial = output.with_name(output.name + ".partial")
+    if os.path.lexists(partial) and not _is_working_folder(partial):
+        raise InputError(
+            "exists and is not an unfinished build",
+            where=str(partial),
+            fix="move it away, or choose another output",
+        )
+    _old_name(output).exists()  # OSError when the name is too long
+    parent = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise InputError("is not a folder", where=str(parent), fix="choose another output")
 
 
 def _check_output(output: Path, force: bool) -> None:
-    if not output.exists():
+    if not os.path.lexists(output):
         return
+    if output.is_symlink() or not is_bundle(output):
+        kind = "a symbolic link" if output.is_symlink() else "not a bundle"
+        raise InputError(
+            f"exists already and is {kind}; only bundles are ever replaced",
+            where=str(output),
+            fix="choose another name",
+        )
     if not force:
         raise InputError(
             "exists already",
             where=str(output),
-            fix="choose another name, or add --force to replace a bundle",
+            fix="choose another name, or add --force to replace the bundle",
         )
-    if not is_bundle(output):
-        raise InputError(
-            "exists and is not a bundle; --force replaces bundles only", where=str(output)
-        )
+
+
+def _is_working_folder(partial: Path) -> bool:
+    """Whether a folder was made by a build of ours: it holds the stamp, or nothing of a user's."""
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    names = {path.name for path in partial.iterdir()}
+    return _STAMP in names or names <= {_LOCK, f"{_STAMP}.partial"}
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Keep other builds out of the working folder; the lock goes with the process."""
+    path = partial / _LOCK
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, the build that held the lock may have finished.
+            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise InputError(
+                "another build is writing here",
+                where=str(partial),
+                fix="wait for it, or choose another output",
+            )
+        yield
+
+
+def _publish(partial: Path, output: Path, force: bool) -> None:
+    """Give the working folder its final name; an existing bundle goes when that is done."""
+    _check_output(output, force)  # it may have appeared during the build
+    replaces = output.exists()
+    old = _old_name(output)
+    try:
+        if replaces:
+            output.rename(old)
+        partial.rename(output)
+    except BaseException:
+        if replaces and not output.exists():
+            old.rename(output)
+        raise
+    for name in (_STAMP, _LOCK):
+        (output / name).unlink(missing_ok=True)
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            log.warning("%s, the bundle before, could not be removed", old)
+
+
+def _old_name(output: Path) -> Path:
+    return output.with_name(f"{output.name}.old-{os.getpid()}")
 
 
 def _fingerprint(source: Checkpoint, spec: BuildSpec) -> dict[str, object]:
@@ -205,12 +313,20 @@ def _prepare(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
         resumable = json.loads((partial / _STAMP).read_text(encoding="utf-8")) == stamp
     except (OSError, ValueError):
         resumable = False
-    if not resumable and partial.exists():
-        shutil.rmtree(partial)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(partial, source, spec)
-    (partial / GRAPH_FOLDER).mkdir(parents=True, exist_ok=True)
+    if not resumable:
+        write_json(partial / _STAMP, {})  # ours, and nothing to go on from
+        _empty(partial)
+    (partial / GRAPH_FOLDER).mkdir(exist_ok=True)
     write_json(partial / _STAMP, stamp)
+
+
+def _empty(partial: Path) -> None:
+    """Remove what another build left."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (_STAMP, _LOCK):
+            path.unlink()
 
 
 def _check_space(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
@@ -219,27 +335,33 @@ def _check_space(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
     # A checkpoint of 2-byte weights doubles in fp32.
     needed = int(stored * (2 if _BYTES[spec.precision] == 4 else 1) * 1.3)
     done = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    free = shutil.disk_usage(partial.parent).free
+    folder = next(folder for folder in partial.absolute().parents if folder.exists())
+    free = shutil.disk_usage(folder).free
     if free < needed - done:
         raise InputError(
             f"{readable_size(free)} free",
-            where=str(partial.parent),
+            where=str(folder),
             allowed=f"about {readable_size(needed)} for this bundle",
             fix="free some space, choose another disk with -o, or build with --precision fp16",
         )
 
 
 @contextmanager
-def _readable_disk_errors(partial: Path) -> Iterator[None]:
+def _readable_disk_errors(source: Path, partial: Path) -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:  # of the terminal, not of a file
+        raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
+        file = error.filename if isinstance(error.filename, str) else str(partial)
+        problem = error.strerror or str(error)
+        if Path(os.path.abspath(file)).is_relative_to(os.path.abspath(source)):
+            raise InputError(f"cannot be read: {problem}", where=file) from error
+        done = f", then rerun: {partial} keeps what is done" if os.path.isdir(partial) else ""
         raise InputError(
-            f"cannot be written: {error.strerror}",
-            where=str(error.filename or partial),
-            fix=f"free space or choose another folder, then rerun: {partial} keeps what is done",
+            f"cannot be written: {problem}",
+            where=file,
+            fix=f"free space or choose another folder{done}",
         ) from error
 
 
@@ -253,7 +375,7 @@ def _manifest(source: Checkpoint, folder: Path, spec: BuildSpec, limits: Limits)
         source=source.folder.name,
         tool_versions={name: version(name) for name in ("torch", "onnx", "onnxscript")},
         licences=_licences(source.folder),
-        files=list_files(folder),
+        files=list_files(folder, ignore=(_STAMP, _LOCK)),
     )
 
 
@@ -268,18 +390,12 @@ def _check_tokenizer(source: Checkpoint) -> None:
 
 
 def _limits(source: Checkpoint, spec: BuildSpec) -> Limits:
-    max_frames = spec.max_frames
-    preprocessing = source.folder / "video_preprocessor_config.json"
-    if max_frames is None:
-        max_frames = json_object(preprocessing).get("num_frames", DEFAULT_MAX_FRAMES)
-        if type(max_frames) is not int:
-            raise InputError(
-                f"num_frames is {max_frames!r}", where=str(preprocessing), allowed="an integer"
-            )
+    video = video_preprocessing(source.folder, source.config.vision)
     return Limits(
-        max_frames=max_frames,
+        max_frames=spec.max_frames or video.num_frames or DEFAULT_MAX_FRAMES,
         max_tokens=source.config.text.max_position_embeddings,
         min_prune_ratio=spec.min_prune_ratio,
+        max_fps=video.max_fps,
     )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 from stts_export._version import __version__
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError, VerificationError, did_you_mean
-from stts_export.tensors import PRECISIONS, Precision, graph_file
+from stts_export.files import check_utf8, json_object
+from stts_export.preprocessing import DEFAULT_MAX_FPS
+from stts_export.tensors import DATA_FILE, PRECISIONS, Precision, graph_file, graph_specs
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -33,16 +37,24 @@ class Limits:
     max_tokens: int
     """Longest sequence: prompt after pruning plus new tokens."""
     min_prune_ratio: float = 0.0
+    max_fps: float = DEFAULT_MAX_FPS
+    """Most frames sampled from a second of video."""
 
     def __post_init__(self) -> None:
-        if self.max_frames < 1:
-            raise InputError(
-                f"max_frames is {self.max_frames}", where="limits", allowed="1 or more"
-            )
-        if not 0 <= self.min_prune_ratio < 1:
-            raise InputError(
-                f"min_prune_ratio is {self.min_prune_ratio}", where="limits", allowed="[0, 1)"
-            )
+        for name in ("max_frames", "max_tokens"):
+            value: object = getattr(self, name)
+            self._demand(name, type(value) is int and value >= 1, "an integer, 1 or more")
+        ratio, fps = self.min_prune_ratio, self.max_fps
+        self._demand("min_prune_ratio", _is_number(ratio) and 0 <= ratio < 1, "[0, 1)")
+        self._demand("max_fps", _is_number(fps) and 0 < fps < math.inf, "a positive number")
+
+    def _demand(self, name: str, fits: bool, allowed: str) -> None:
+        if not fits:
+            raise InputError(f"{name} is {getattr(self, name)!r}", where="limits", allowed=allowed)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 @dataclass(frozen=True)
@@ -73,14 +85,15 @@ class Manifest:
         """Parse and validate.
 
         Raises:
-            InputError: not JSON, another schema version, or an unknown or missing key.
+            InputError: not JSON, another schema version, an unknown or missing key, or a value of
+                the wrong type.
         """
         try:
             values = json.loads(text)
             version = values["schema_version"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError("is not a bundle manifest", where=where, fix=_REBUILD) from None
-        if version != SCHEMA_VERSION:
+        if type(version) is not int or version != SCHEMA_VERSION:
             raise InputError(
                 f"schema version {version!r}, written by stts-export {values.get('stts_export')}",
                 where=where,
@@ -96,16 +109,56 @@ class Manifest:
         missing = sorted(known - set(values))
         if missing:
             raise InputError(f"lacks {', '.join(missing)}", where=where, fix=_REBUILD)
-        if values["precision"] not in PRECISIONS:
-            raise InputError(
-                f"precision {values['precision']!r}", where=where, allowed=" or ".join(PRECISIONS)
-            )
+        _check_values(values, where)
         try:
-            limits = Limits(**values.pop("limits"))
-            graphs, targets = tuple(values.pop("graphs")), tuple(values.pop("targets"))
+            limits = Limits(**values["limits"])
         except TypeError as error:
             raise InputError(f"cannot be read: {error}", where=where, fix=_REBUILD) from None
+        graphs, targets = tuple(values["graphs"]), tuple(values["targets"])
         return Manifest(**{**values, "limits": limits, "graphs": graphs, "targets": targets})
+
+
+def _check_values(values: Mapping[str, Any], where: str) -> None:
+    """Check the type of every value of a manifest."""
+    for key, (allowed, fits) in _KINDS.items():
+        if not fits(values[key]):
+            raise InputError(
+                f"{key} is {values[key]!r:.200}", where=where, allowed=allowed, fix=_REBUILD
+            )
+    for name, entry in values["files"].items():
+        if not (
+            isinstance(entry, dict)
+            and type(entry.get("size")) is int
+            and isinstance(entry.get("sha256"), str)
+        ):
+            raise InputError(
+                f"files has {entry!r:.200} for {name}",
+                where=where,
+                allowed='{"size": bytes, "sha256": hex}',
+                fix=_REBUILD,
+            )
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "has_scorer": ("true or false", lambda value: isinstance(value, bool)),
+    "precision": (" or ".join(PRECISIONS), lambda value: value in PRECISIONS),
+    "limits": ("an object", lambda value: isinstance(value, dict)),
+    "graphs": ("an array of names", _is_texts),
+    "targets": ("an array of names", _is_texts),
+    "source": ("a string", lambda value: isinstance(value, str)),
+    "tool_versions": ("an object of strings", _is_table),
+    "licences": ("an object of strings", _is_table),
+    "files": ("an object", lambda value: isinstance(value, dict)),
+    "stts_export": ("a string", lambda value: isinstance(value, str)),
+}
 
 
 @dataclass(frozen=True)
@@ -123,6 +176,7 @@ class Bundle:
         Raises:
             InputError: no bundle, another schema, or a missing or changed file.
         """
+        check_utf8(folder)
         path = folder / MANIFEST
         try:
             text = path.read_text(encoding="utf-8")
@@ -137,7 +191,7 @@ class Bundle:
         manifest = Manifest.from_json(text, str(path))
         for name, entry in manifest.files.items():
             file = folder / name
-            size = file.stat().st_size if file.is_file() else None
+            size = _size(file)
             if size != entry["size"]:
                 raise InputError(
                     "is missing" if size is None else f"has {size} bytes",
@@ -148,6 +202,7 @@ class Bundle:
         config = ModelConfig.from_file(
             folder / CONFIG_FOLDER / "config.json", has_scorer=manifest.has_scorer
         )
+        _check_graphs(manifest, config, str(path))
         return Bundle(folder, manifest, config)
 
     def graph(self, name: str) -> Path:
@@ -159,9 +214,14 @@ class Bundle:
 
         Raises:
             VerificationError: a file was changed after the build.
+            InputError: a file cannot be read.
         """
         for name, entry in self.manifest.files.items():
-            if sha256(self.folder / name) != entry["sha256"]:
+            try:
+                digest = sha256(self.folder / name)
+            except OSError as error:
+                raise InputError(f"cannot be read: {error}", where=str(self.folder)) from None
+            if digest != entry["sha256"]:
                 raise VerificationError(
                     "was changed after the build (its SHA-256 differs from the manifest)",
                     where=str(self.folder / name),
@@ -169,17 +229,51 @@ class Bundle:
                 )
 
 
+def _size(file: Path) -> int | None:
+    """Bytes of a regular file; None when there is no such file."""
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _check_graphs(manifest: Manifest, config: ModelConfig, where: str) -> None:
+    """Check that the manifest names this model's graphs and lists their files."""
+    known = set(graph_specs(config, manifest.precision))
+    if set(manifest.graphs) != known:
+        raise InputError(
+            f"graphs is {list(manifest.graphs)}",
+            where=where,
+            allowed=", ".join(sorted(known)),
+            fix=_REBUILD,
+        )
+    for name in manifest.graphs:
+        file = f"{GRAPH_FOLDER}/{graph_file(name)}"
+        for needed in (file, f"{file.rpartition('/')[0]}/{DATA_FILE}"):
+            if needed not in manifest.files:
+                raise InputError(f"files lacks {needed}", where=where, fix=_REBUILD)
+
+
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder looks like a bundle, of any version."""
-    return (folder / MANIFEST).is_file()
+    """Whether a folder holds a manifest of ours, of any version."""
+    try:
+        values = json_object(folder / MANIFEST)
+    except InputError:
+        return False
+    return {"schema_version", "graphs", "files"} <= set(values)
 
 
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below a folder, for the manifest."""
+def list_files(folder: Path, ignore: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below a folder, for the manifest.
+
+    Args:
+        folder: the bundle.
+        ignore: names of files that will not stay.
+    """
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, *ignore)
     }
 
 

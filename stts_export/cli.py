@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
+import os
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stts_export._version import __version__
-from stts_export.errors import InputError, SttsError
+from stts_export.errors import InputError, MissingDependencyError, SttsError
 from stts_export.files import readable_size, write_json
 from stts_export.machine import machine
 from stts_export.progress import Progress
@@ -27,14 +32,36 @@ EXIT_VERIFICATION_FAILED = 3
 
 Arguments = argparse.Namespace
 Handler = Callable[[Arguments], int]
+Report = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+_PIP_NAME = {
+    "torch": "'stts-export[train]'",
+    "safetensors": "'stts-export[train]'",
+    "yaml": "'stts-export[train]'",
+    "onnx": "'stts-export[export]'",
+    "onnxscript": "'stts-export[export]'",
+    "onnx_ir": "'stts-export[export]'",
+    "onnxruntime": "'stts-export[cpu]'",
+    "transformers": "transformers",
+}
+"""What to install for packages that only some verbs need."""
+_UNITS = {
+    "read": "frames",
+    "vision_lower": "frames",
+    "vision_upper": "windows",
+    "decode": "tokens",
+    "overlay": "frames",
+}
+"""What is counted in the stages of `run`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 done, 1 bad input, 3 verification failed, 4 something is not installed; 2 (usage) is
-        argparse's own exit.
+        0 done, 1 bad input, 3 verification failed, 4 something is not installed, 130 interrupted;
+        2 (usage) is argparse's own exit.
     """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
@@ -44,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     handler: Handler = arguments.handler
     try:
-        return handler(arguments)
+        with _known_packages(arguments.verb):
+            return handler(arguments)
     except SttsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -53,6 +81,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _known_packages(verb: str) -> Iterator[None]:
+    """Say how to install one of our optional packages when it is missing."""
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PIP_NAME:
+            raise
+        raise MissingDependencyError(
+            f"needs the package {package}: {error}",
+            where=verb,
+            fix=f"pip install {_PIP_NAME[package]}",
+        ) from None
+
+
+@contextmanager
+def _stages() -> Iterator[Report]:
+    """Yield what draws one progress bar per stage, each ended before the next begins."""
+    with ExitStack() as shown:
+        bars: dict[str, Progress] = {}
+        began = time.monotonic()
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal began
+            if stage not in bars:
+                shown.close()
+                bars[stage] = Progress(stage, total, _UNITS[stage], started=began)
+                shown.enter_context(bars[stage])
+            bars[stage].update(done)
+            if done == total:
+                began = time.monotonic()
+
+        yield report
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,76 +203,100 @@ def _run_options(verb: argparse.ArgumentParser) -> None:
 
 def _run(arguments: Arguments) -> int:
     from stts_export.runtime.session import Session
-    from stts_export.runtime.writing import check_writable
 
     if arguments.overlay:
-        check_writable(arguments.overlay, (".mp4", ".png"))
+        _check_overlay(arguments.overlay, arguments.video)
     prompt = arguments.prompt
     if arguments.prompt_ids:
         prompt = _read_ids(arguments.prompt_ids)
     with Session.open(
         arguments.bundle, arguments.backend, arguments.device, arguments.threads
     ) as session:
-        started = time.perf_counter()
-        video = session.read_video(arguments.video, arguments.max_frames)
-        read_seconds = time.perf_counter() - started
-        clip = _encode(session, video, arguments)
-        answer = session.generate(clip, prompt, arguments.max_new_tokens)
-    values = asdict(answer)
-    values["timings"] = {"read": read_seconds, **answer.timings}
-    written = _write_overlay(arguments.overlay, session, video, clip) if arguments.overlay else []
-    if arguments.json:
-        print(json.dumps({**values, "overlay": [str(path) for path in written]}))
-        return 0
-    print(answer.text if answer.text is not None else " ".join(map(str, answer.token_ids)))
-    removed = answer.note or f"prune ratio {answer.prune_ratio:g}"
-    print(
-        f"kept {answer.kept_windows} of {answer.total_windows} windows "
-        f"in {answer.frames} frames ({removed})"
-    )
-    stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in values["timings"].items())
-    print(f"seconds: {stages}")
-    for path in written:
-        print(f"wrote {path}")
+        video, clip, values = _answer(session, prompt, arguments)
+    if not arguments.json:
+        _print_answer(values)
+    written: list[str] = []
+    try:
+        if arguments.overlay:
+            grid = session.config.vision.window_grid
+            for path in _write_overlay(arguments.overlay, grid, video, clip):
+                written.append(str(path))
+                if not arguments.json:
+                    print(f"wrote {path}")
+    finally:  # a picture that fails does not cost the answer
+        if arguments.json:
+            print(json.dumps({**values, "overlay": written}))
     return 0
 
 
-def _encode(session: Session, video: VideoClip, arguments: Arguments) -> EncodedClip:
-    bars: dict[str, Progress] = {}
+def _answer(
+    session: Session, prompt: str | list[int], arguments: Arguments
+) -> tuple[VideoClip, EncodedClip, dict[str, Any]]:
+    """Read, check, encode, answer; the last value is what `--json` prints."""
+    ratio, limit = arguments.prune_ratio, arguments.max_new_tokens
+    with _stages() as report:
+        started = time.perf_counter()
+        video = session.read_video(arguments.video, arguments.max_frames, partial(report, "read"))
+        read_seconds = time.perf_counter() - started
+        session.check_prompt(video, prompt, limit, prune_ratio=ratio)
+        clip = session.encode(video, ratio, refill=arguments.refill, on_progress=report)
+        tokens: list[int] = []
 
-    def on_progress(stage: str, done: int, total: int) -> None:
-        units = {"vision_lower": "frames", "vision_upper": "windows"}
-        if stage not in bars:
-            bars[stage] = Progress(stage, total, units[stage])
-        bars[stage].update(done)
+        def on_token(token: int) -> None:
+            tokens.append(token)
+            report("decode", len(tokens), limit)
 
-    return session.encode(
-        video, arguments.prune_ratio, refill=arguments.refill, on_progress=on_progress
+        answer = session.generate(clip, prompt, limit, on_token=on_token)
+    return video, clip, {**asdict(answer), "timings": {"read": read_seconds, **answer.timings}}
+
+
+def _print_answer(values: Mapping[str, Any]) -> None:
+    text, ids = values["text"], values["token_ids"]
+    print(text if text is not None else " ".join(map(str, ids)))
+    removed = values["note"] or f"prune ratio {values['prune_ratio']:g}"
+    print(
+        f"kept {values['kept_windows']} of {values['total_windows']} windows "
+        f"in {values['frames']} frames ({removed})"
     )
+    stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in values["timings"].items())
+    print(f"seconds: {stages}", flush=True)
+
+
+def _check_overlay(output: Path, video: Path) -> None:
+    """Refuse, before any work, names that cannot be written or that are the input."""
+    from stts_export.runtime.writing import check_not_source, check_writable
+
+    check_writable(output, (".mp4", ".png"))
+    for path in (output, output.with_suffix(".png")):
+        check_writable(path, (path.suffix.lower(),))
+        check_not_source(path, video)
 
 
 def _write_overlay(
-    output: Path, session: Session, video: VideoClip, clip: EncodedClip
-) -> list[Path]:
+    output: Path, grid: tuple[int, int], video: VideoClip, clip: EncodedClip
+) -> Iterator[Path]:
+    """Draw, and yield the name of every file that is finished."""
     from stts_export.runtime.overlay import write_contact_sheet, write_overlay
 
-    grid = session.config.vision.window_grid
-    sheet = output.with_suffix(".png")
-    written = [sheet]
     if output.suffix.lower() == ".mp4" and not video.is_image:
-        write_overlay(output, video.source, clip.keep, grid, clip.timestamps, scores=clip.scores)
-        written.insert(0, output)
+        with _stages() as report:
+            write_overlay(
+                output, video.source, clip.keep, grid, clip.timestamps,
+                scores=clip.scores, on_progress=partial(report, "overlay"),
+            )  # fmt: skip
+        yield output
+    sheet = output.with_suffix(".png")
     write_contact_sheet(
         sheet, video.frames, clip.keep, grid, clip.timestamps,
         frame_size=video.source_size, scores=clip.scores,
     )  # fmt: skip
-    return written
+    yield sheet
 
 
 def _read_ids(path: Path) -> list[int]:
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"cannot be read: {error}", where=str(path), allowed="a JSON array of token ids"
         ) from None
@@ -302,6 +390,8 @@ def _eval(arguments: Arguments) -> int:
         raise InputError(
             f"prune ratios {arguments.prune_ratio!r}", where="--prune-ratio", allowed="0,0.5,0.8"
         ) from None
+    if arguments.output:
+        _check_report(arguments.output)
     results = evaluate(
         arguments.bundle,
         questions=arguments.questions,
@@ -311,10 +401,32 @@ def _eval(arguments: Arguments) -> int:
     )
     results["machine"] = machine()
     results["command"] = _command(arguments)
+    print(json.dumps(results) if arguments.json else table(results), flush=True)
     if arguments.output:
-        write_json(arguments.output, results)
-    print(json.dumps(results) if arguments.json else table(results))
+        with _writing(arguments.output):
+            write_json(arguments.output, results)
     return 0
+
+
+def _check_report(path: Path) -> None:
+    """Refuse, before any work, a name that cannot be written; make its folder."""
+    with _writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot be written: {error.strerror}",
+            where=str(path),
+            fix="name a file in a folder that you may write to, with space on the disk",
+        ) from None
 
 
 def _command(arguments: Arguments) -> str:

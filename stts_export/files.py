@@ -21,7 +21,7 @@ def json_object(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
     if not isinstance(values, dict):
         raise InputError("is not a JSON object", where=str(path))
@@ -30,10 +30,31 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON beside its final name and move it there when complete."""
+    text = json.dumps(values, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_utf8(path: Path) -> None:
+    """Refuse a path that ONNX Runtime cannot open.
+
+    Raises:
+        InputError: the path is not UTF-8.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            "the name is not UTF-8, so ONNX Runtime cannot open files below it",
+            where=str(path),
+            fix="rename the folder",
+        ) from None
 
 
 def readable_size(count: int) -> str:

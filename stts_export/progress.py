@@ -22,15 +22,23 @@ class Progress:
         total: number of steps.
         unit: what a step is, plural.
         enabled: False silences it.
+        started: when the task began, by `time.monotonic`; now when None.
     """
 
-    def __init__(self, label: str, total: int, unit: str = "steps", enabled: bool = True) -> None:
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        unit: str = "steps",
+        enabled: bool = True,
+        started: float | None = None,
+    ) -> None:
         self.label = label
         self.total = total
         self.unit = unit
         self._terminal = sys.stderr.isatty()
         self._enabled = enabled
-        self._started = time.monotonic()
+        self._started = time.monotonic() if started is None else started
         self._last = self._started
         self._shown = False
 

@@ -31,7 +31,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A graph's interface; `name` is its folder in the bundle."""
+    """A graph's interface; `graph_file` says where it lies in the bundle."""
 
     name: str
     inputs: tuple[TensorSpec, ...]

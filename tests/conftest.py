@@ -9,8 +9,11 @@ import torch
 from filelock import FileLock
 
 from stts_export.build import BuildSpec, bundle_from_checkpoint
+from stts_export.checkpoint import save_checkpoint
 from stts_export.tensors import Precision
-from tests.helpers import GOLDEN, random_checkpoint
+from stts_export.training.config import ModelShape, model_json
+from stts_export.training.tokenizer import build_tokenizer, save_tokenizer_files
+from tests.helpers import GOLDEN, random_checkpoint, random_model
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -51,3 +54,23 @@ def small_bundle(shared_folder: Path, small_checkpoint: Path) -> Path:
 def golden_bundle(shared_folder: Path, request: pytest.FixtureRequest) -> Path:
     """The golden checkpoint at both precisions; read only."""
     return _bundle(shared_folder, "golden", GOLDEN, request.param)
+
+
+@pytest.fixture(scope="session")
+def text_bundle(shared_folder: Path) -> Path:
+    """Random weights with the training's tokenizer, so that prompts can be text; read only."""
+    bundle = shared_folder / "text"
+    with FileLock(str(bundle) + ".lock"):
+        if not bundle.exists():
+            tokenizer, vocab_size = build_tokenizer()
+            shape = ModelShape(
+                image_size=48, patch_size=4, vision_width=32, vision_heads=2, vision_mlp=48,
+                vision_blocks=4, prune_at=0, taps=(3, 2), connector_mlp=48, text_width=32,
+                text_heads=2, text_kv_heads=1, text_mlp=48, text_layers=2,
+            )  # fmt: skip
+            checkpoint = shared_folder / "text_checkpoint"
+            values = model_json(shape, vocab_size, max_frames=8, ratio=0.5)
+            save_checkpoint(random_model(values), checkpoint)
+            save_tokenizer_files(tokenizer, checkpoint, max_frames=8)
+            bundle_from_checkpoint(checkpoint, bundle)
+    return bundle

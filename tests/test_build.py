@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import stts_export.build as building
 from stts_export import Session
 from stts_export.build import BuildSpec, bundle_from_checkpoint
-from stts_export.bundle import Bundle
+from stts_export.bundle import GRAPH_FOLDER, Bundle
 from stts_export.errors import InputError, MissingDependencyError
+from stts_export.files import write_json
 from stts_export.graphs import export
+from stts_export.tensors import DATA_FILE, graph_file, graph_specs
 from tests.helpers import prompt_ids, random_checkpoint, random_frames
 
 
@@ -31,6 +38,32 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(export, "export_graph", recording)
     return done
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds write stand-ins for graphs from now on."""
+    monkeypatch.setattr(building, "graphs_from_checkpoint", _stand_ins)
+
+
+def _stand_ins(source, folder, spec, on_stage=None):
+    for name in graph_specs(source.config, spec.precision):
+        file = folder / GRAPH_FOLDER / graph_file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"graph")
+        file.with_name(DATA_FILE).write_bytes(b"weights")
+
+
+def _during_the_build(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    def graphs(source, folder, spec, on_stage=None):
+        _stand_ins(source, folder, spec)
+        action()
+
+    monkeypatch.setattr(building, "graphs_from_checkpoint", graphs)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def _failing(monkeypatch: pytest.MonkeyPatch, graph: str, error: Exception) -> Callable[[], None]:
@@ -56,10 +89,13 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
     assert not output.exists()
     assert recorded == ["vision_lower", "vision_upper", "vision_upper-frames"]
     recorded.clear()
-    bundle_from_checkpoint(small_checkpoint, output)
+    stages: list[tuple[str, int, int]] = []
+    bundle_from_checkpoint(small_checkpoint, output, on_stage=lambda *stage: stages.append(stage))
     assert recorded == ["decoder"]
+    assert stages == [("decoder", 3, 3)]
     Bundle.open(output).check_hashes()
-    assert not (tmp_path / "bundle.partial").exists()
+    assert _names(tmp_path) == {"bundle"}
+    assert _names(output) == {"manifest.json", "config", "onnx"}
 
 
 def test_another_spec_does_not_resume(
@@ -97,8 +133,10 @@ def test_too_little_space_is_found_before_the_work(
     with pytest.raises(InputError, match=r"0\.0 MB free"):
         bundle_from_checkpoint(small_checkpoint, tmp_path / "bundle")
     assert recorded == []
+    assert _names(tmp_path) == set()
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_existing_bundle_is_replaced_only_by_force(tmp_path: Path, small_bundle: Path):
     output = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
     folder = random_checkpoint(tmp_path / "checkpoint", seed=5)
@@ -108,15 +146,215 @@ def test_an_existing_bundle_is_replaced_only_by_force(tmp_path: Path, small_bund
     assert Bundle.open(output).manifest == before
     bundle_from_checkpoint(folder, output, force=True)
     assert Bundle.open(output).manifest.files != before.files
+    assert _names(tmp_path) == {"bundle", "checkpoint"}
 
 
-def test_force_never_removes_what_is_no_bundle(tmp_path: Path, small_checkpoint: Path):
+@pytest.mark.parametrize("manifest", [None, "", '{"name": "my web site", "icons": []}'])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_bundle_is_never_removed(
+    tmp_path: Path, small_checkpoint: Path, manifest: str | None, force: bool
+):
     output = tmp_path / "thesis"
     output.mkdir()
     (output / "chapter1.tex").write_text("...")
-    with pytest.raises(InputError, match="not a bundle"):
-        bundle_from_checkpoint(small_checkpoint, output, force=True)
+    if manifest is not None:
+        (output / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match="not a bundle") as error:
+        bundle_from_checkpoint(small_checkpoint, output, force=force)
+    assert "--force" not in str(error.value)
     assert (output / "chapter1.tex").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_partial_that_is_not_ours_is_never_removed(
+    tmp_path: Path, small_checkpoint: Path, kind: str
+):
+    mine = tmp_path / "elsewhere"
+    mine.mkdir()
+    (mine / "build.json").write_text("{}")
+    partial = tmp_path / "thesis.partial"
+    if kind == "folder":
+        partial.mkdir()
+        (partial / "chapter1.tex").write_text("...")
+    elif kind == "file":
+        partial.write_text("...")
+    else:
+        partial.symlink_to(mine)
+    with pytest.raises(InputError, match=r"thesis\.partial: exists and is not an unfinished build"):
+        bundle_from_checkpoint(small_checkpoint, tmp_path / "thesis")
+    assert partial.exists()
+    assert kind != "folder" or (partial / "chapter1.tex").exists()
+    assert _names(mine) == {"build.json"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_empty_working_folder_is_used(tmp_path: Path, small_checkpoint: Path):
+    (tmp_path / "bundle.partial").mkdir()
+    bundle_from_checkpoint(small_checkpoint, tmp_path / "bundle")
+    assert _names(tmp_path) == {"bundle"}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("checkpoint", "output"),
+    [("m.partial", "m"), ("m", "m"), ("m/step5", "m"), ("m", "m/bundle"), ("m.partial/a", "m")],
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_the_checkpoint_is_never_written_to(
+    tmp_path: Path, small_checkpoint: Path, checkpoint: str, output: str, force: bool
+):
+    folder = Path(shutil.copytree(small_checkpoint, tmp_path / checkpoint))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match="overlaps the checkpoint"):
+        bundle_from_checkpoint(folder, tmp_path / output, force=force)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_weights_that_are_links_into_the_output_are_kept(
+    tmp_path: Path, small_checkpoint: Path, small_bundle: Path
+):
+    output = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
+    folder = Path(shutil.copytree(small_checkpoint, tmp_path / "checkpoint"))
+    (folder / "model.safetensors").rename(output / "weights")
+    (folder / "model.safetensors").symlink_to(output / "weights")
+    with pytest.raises(InputError, match="overlaps the checkpoint"):
+        bundle_from_checkpoint(folder, output, force=True)
+    assert (output / "weights").exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_that_appears_during_the_build_is_kept(
+    tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+):
+    output = tmp_path / "bundle"
+
+    def appear() -> None:
+        output.mkdir()
+        (output / "chapter1.tex").write_text("...")
+
+    _during_the_build(monkeypatch, appear)
+    with pytest.raises(InputError, match="not a bundle"):
+        bundle_from_checkpoint(small_checkpoint, output, force=force)
+    assert (output / "chapter1.tex").exists()
+
+
+def test_the_old_bundle_stays_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, small_checkpoint: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "bundle.partial":
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        return rename(self, target)
+
+    _during_the_build(monkeypatch, lambda: monkeypatch.setattr(Path, "rename", failing))
+    with pytest.raises(InputError, match="Input/output error"):
+        bundle_from_checkpoint(small_checkpoint, output, force=True)
+    Bundle.open(output).check_hashes()
+    assert _names(tmp_path) == {"bundle", "bundle.partial"}
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(building, "graphs_from_checkpoint", _stand_ins)
+    bundle_from_checkpoint(small_checkpoint, output, force=True)
+    assert _names(tmp_path) == {"bundle"}
+
+
+def test_two_builds_of_one_bundle(
+    tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "bundle"
+    refused = []
+
+    def second() -> None:
+        monkeypatch.setattr(building, "graphs_from_checkpoint", _stand_ins)
+        with pytest.raises(InputError, match="another build") as error:
+            bundle_from_checkpoint(small_checkpoint, output, BuildSpec(precision="fp16"))
+        refused.append(error)
+
+    _during_the_build(monkeypatch, second)
+    bundle_from_checkpoint(small_checkpoint, output)
+    assert refused
+    assert Bundle.open(output).manifest.precision == "fp32"
+    assert _names(tmp_path) == {"bundle"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_lock_of_a_dead_build_does_not_matter(tmp_path: Path, small_checkpoint: Path):
+    partial = tmp_path / "bundle.partial"
+    partial.mkdir()
+    with (partial / "build.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    bundle_from_checkpoint(small_checkpoint, tmp_path / "bundle")
+    assert _names(tmp_path) == {"bundle"}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (".", "not the name of a new folder"),
+        ("..", "not the name of a new folder"),
+        ("/", "not the name of a new folder"),
+        ("file", "not a bundle"),
+        ("file/b", "file: is not a folder"),
+        ("file/b/c", "file: is not a folder"),
+        ("link", "is a symbolic link"),
+        ("dangling", "is a symbolic link"),
+        ("dangling/b", "dangling: is not a folder"),
+        ("x" * 250, "too long"),
+        ("x" * 300, "too long"),
+        ("caf\udce9", "not UTF-8"),
+    ],
+)
+def test_odd_outputs(
+    tmp_path: Path,
+    small_checkpoint: Path,
+    small_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    message: str,
+    force: bool,
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("...")
+    Path("link").symlink_to(small_bundle)
+    Path("dangling").symlink_to("nowhere")
+    with pytest.raises(InputError, match=message):
+        bundle_from_checkpoint(small_checkpoint, Path(output), force=force)
+    assert _names(tmp_path) == {"file", "link", "dangling"}
+    Bundle.open(small_bundle)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path: Path, small_checkpoint: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="cannot be written: Permission denied"):
+        bundle_from_checkpoint(small_checkpoint, tmp_path / "bundle")
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("LICENSE", "cannot be read"), (None, "cannot be written")]
+)
+def test_reading_and_writing_errors_are_told_apart(
+    tmp_path: Path,
+    small_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str | None,
+    message: str,
+):
+    name = str(small_checkpoint / file) if file else None
+
+    def fail() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", name)
+
+    _during_the_build(monkeypatch, fail)
+    with pytest.raises(InputError, match=f"{message}: Permission denied"):
+        bundle_from_checkpoint(small_checkpoint, tmp_path / "bundle")
 
 
 def test_a_bundle_is_not_a_checkpoint(tmp_path: Path, small_bundle: Path):
@@ -124,39 +362,105 @@ def test_a_bundle_is_not_a_checkpoint(tmp_path: Path, small_bundle: Path):
         bundle_from_checkpoint(small_bundle, tmp_path / "bundle")
 
 
-def test_a_bad_checkpoint_leaves_nothing_behind(tmp_path: Path):
-    with pytest.raises(InputError):
-        bundle_from_checkpoint(tmp_path / "nowhere", tmp_path / "out" / "bundle")
+def _without_a_tensor(folder: Path) -> str:
+    tensors = load_file(folder / "model.safetensors")
+    name = max(tensors)
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return re.escape(name)
+
+
+def _with_a_wrong_shape(folder: Path) -> str:
+    tensors = load_file(folder / "model.safetensors")
+    name = max(tensors)
+    tensors[name] = tensors[name][:1]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return f"{re.escape(name)} has shape"
+
+
+def _cut_short(folder: Path) -> str:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    return r"model\.safetensors: cannot be read"
+
+
+def _with_bad_num_frames(folder: Path) -> str:
+    (folder / "video_preprocessor_config.json").write_text('{"num_frames": 0}')
+    return r"video_preprocessor_config\.json: num_frames is 0"
+
+
+def _with_a_bad_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text("{}")
+    return r"tokenizer\.json"
+
+
+def _removed(folder: Path) -> str:
+    shutil.rmtree(folder)
+    return "no such folder"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _removed,
+        _without_a_tensor,
+        _with_a_wrong_shape,
+        _cut_short,
+        _with_bad_num_frames,
+        _with_a_bad_tokenizer,
+    ],
+)
+def test_a_bad_checkpoint_leaves_nothing_behind(
+    tmp_path: Path, small_checkpoint: Path, damage: Callable[[Path], str]
+):
+    folder = Path(shutil.copytree(small_checkpoint, tmp_path / "checkpoint"))
+    message = damage(folder)
+    with pytest.raises(InputError, match=message):
+        bundle_from_checkpoint(folder, tmp_path / "out" / "bundle")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "values",
-    [{"precision": "int3"}, {"backends": ("openvino",)}, {"max_frames": 0}],
+    [{"precision": "int3"}, {"backends": ("openvino",)}, {"backends": ()}, {"max_frames": 0}],
 )
 def test_specs_refuse_nonsense(values):
     with pytest.raises(InputError, match="allowed"):
         BuildSpec(**values)
 
 
+@pytest.mark.parametrize("package", ["onnxscript", "onnx_ir", "ml_dtypes", "onnxruntime"])
 def test_a_missing_exporter_says_how_to_install_it(
-    tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ):
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=r"stts-export\[cpu,export\]"):
         bundle_from_checkpoint(small_checkpoint, tmp_path / "bundle")
+    assert _names(tmp_path) == set()
 
 
-def test_max_frames_comes_from_the_checkpoint_unless_given(
-    tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("quick")
+def test_sampling_limits_come_from_the_checkpoint_unless_given(
+    tmp_path: Path, small_checkpoint: Path
 ):
     folder = Path(shutil.copytree(small_checkpoint, tmp_path / "checkpoint"))
-    (folder / "video_preprocessor_config.json").write_text(json.dumps({"num_frames": 384}))
-    monkeypatch.setattr(building, "graphs_from_checkpoint", lambda *_: None)
-    bundle = bundle_from_checkpoint(folder, tmp_path / "a")
-    assert Bundle.open(bundle).manifest.limits.max_frames == 384
+    (folder / "video_preprocessor_config.json").write_text(
+        json.dumps({"num_frames": 384, "max_fps": 4})
+    )
+    limits = Bundle.open(bundle_from_checkpoint(folder, tmp_path / "a")).manifest.limits
+    assert (limits.max_frames, limits.max_fps) == (384, 4.0)
     bundle = bundle_from_checkpoint(folder, tmp_path / "b", BuildSpec(max_frames=7))
     assert Bundle.open(bundle).manifest.limits.max_frames == 7
+
+
+@pytest.mark.parametrize("values", [{"bad": object()}, {"fine": 1}])
+def test_json_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, object]
+):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises((OSError, TypeError)):
+        write_json(tmp_path / "report.json", values)
+    assert _names(tmp_path) == set()
 
 
 def test_a_checkpoint_without_a_scorer_runs_unpruned(tmp_path: Path):

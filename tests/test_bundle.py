@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from stts_export.bundle import Bundle, Limits
+from stts_export.bundle import Bundle, Limits, is_bundle
 from stts_export.errors import InputError, VerificationError
+from stts_export.inspect import describe
 
 
 @pytest.fixture
@@ -82,12 +83,66 @@ def test_a_broken_manifest_is_refused(bundle: Path, content: str):
         {"precision": "fp64"},
         {"limits": {"max_frames": 0, "max_tokens": 1, "min_prune_ratio": 0}},
         {"limits": {"frames": 3}},
+        {"limits": []},
+        {"limits": {"max_frames": "3", "max_tokens": 1}},
+        {"limits": {"max_frames": True, "max_tokens": 1}},
+        {"limits": {"max_frames": 3, "max_tokens": 1.5}},
+        {"limits": {"max_frames": 3, "max_tokens": 9, "min_prune_ratio": None}},
+        {"limits": {"max_frames": 3, "max_tokens": 9, "max_fps": 0}},
+        {"limits": {"max_frames": 3, "max_tokens": 9, "max_fps": float("inf")}},
+        {"schema_version": True},
+        {"has_scorer": 1},
+        {"precision": []},
+        {"graphs": []},
+        {"graphs": "decoder"},
+        {"graphs": [3]},
+        {"graphs": ["decoder"]},
+        {"graphs": ["vision_lower", "vision_upper", "vision_upper-frames", "decoder", "encoder"]},
+        {"targets": []},
+        {"targets": [None]},
+        {"targets": {"onnxruntime": 1}},
+        {"source": 3},
+        {"stts_export": None},
+        {"tool_versions": []},
+        {"licences": {"weights": 1}},
+        {"files": {}},
+        {"files": []},
+        {"files": {"config/config.json": 3}},
+        {"files": {"config/config.json": {"size": 3}}},
+        {"files": {"config/config.json": {"size": "3", "sha256": ""}}},
+        {"files": {"config/config.json": {"size": True, "sha256": ""}}},
+        {"files": {"x" * 300: {"size": 1, "sha256": ""}}},
+        {"files": {"a\0b": {"size": 1, "sha256": ""}}},
     ],
 )
 def test_wrong_keys_and_values_are_refused(bundle: Path, change: dict[str, Any]):
     _edit(bundle, **change)
     with pytest.raises(InputError):
-        Bundle.open(bundle)
+        describe(bundle)
+
+
+def test_a_bundle_of_before_max_fps_still_opens(bundle: Path):
+    _edit(bundle, limits={"max_frames": 3, "max_tokens": 9, "min_prune_ratio": 0})
+    assert Bundle.open(bundle).manifest.limits.max_fps == 2.0
+
+
+def test_a_path_that_is_not_utf8_is_named(bundle: Path):
+    odd = bundle.with_name("caf\udce9")
+    with pytest.raises(InputError, match="not UTF-8") as error:
+        Bundle.open(bundle.rename(odd))
+    assert "rename" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', '{"name": "my site"}'])
+def test_not_every_manifest_is_ours(tmp_path: Path, text: str):
+    (tmp_path / "manifest.json").write_text(text)
+    assert not is_bundle(tmp_path)
+
+
+def test_bundles_of_any_version_are_ours(bundle: Path):
+    assert is_bundle(bundle)
+    _edit(bundle, schema_version=7, engines=[])
+    assert is_bundle(bundle)
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,13 @@ import av
 import numpy as np
 import pytest
 
-from stts_export import __version__
+from stts_export import __version__, cli, progress
 from stts_export.cli import main
+from stts_export.errors import InputError
+from stts_export.runtime import overlay, vision
 from stts_export.runtime.session import Session
+from stts_export.runtime.writing import png_bytes
+from stts_export.training import evaluation
 from tests.helpers import prompt_ids, random_frames
 
 VERBS = ("build", "run", "inspect", "verify", "train", "eval")
@@ -124,6 +129,127 @@ def test_a_truncated_video_is_refused(small_bundle: Path, video: Path, tmp_path:
     assert "cut.mp4" in capsys.readouterr().err
 
 
+def test_an_empty_question_is_refused(text_bundle: Path, video: Path, capsys):
+    for prompt in ("", "  \n"):
+        assert main(["run", str(text_bundle), str(video), "-p", prompt]) == 1
+        assert "empty" in capsys.readouterr().err
+
+
+def test_a_question_is_answered_in_text(text_bundle: Path, video: Path, capsys):
+    bundle = str(text_bundle)
+    arguments = ["run", bundle, str(video), "-p", "What colour is the square?"]
+    assert main([*arguments, "--json", "--max-new-tokens", "4"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert isinstance(values["text"], str)
+    assert main([*arguments, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith(values["text"] + "\n")
+
+
+def test_a_prompt_is_refused_before_the_video_is_encoded(
+    small_bundle: Path, video: Path, ids_file: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vision, "encode", None)
+    arguments = ["run", str(small_bundle), str(video)]
+    assert main([*arguments, "-p", "What?"]) == 1
+    assert "without a tokenizer" in capsys.readouterr().err
+    assert main([*arguments, "--prompt-ids", str(ids_file), "--max-frames", "3"]) == 1
+    assert "30 window tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [("my.mp4", "my.mp4"), ("my.png", "my.png"), ("my.png", "my.mp4"), ("my.mp4", "link.mp4")],
+)
+def test_the_input_is_never_written_over(
+    small_bundle: Path,
+    video: Path,
+    ids_file: Path,
+    tmp_path: Path,
+    capsys,
+    source: str,
+    output: str,
+):
+    path = tmp_path / source
+    if path.suffix == ".png":
+        path.write_bytes(png_bytes(np.zeros((40, 60, 3), np.uint8)))
+    else:
+        shutil.copy(video, path)
+    (tmp_path / "link.mp4").symlink_to(path)
+    before = path.read_bytes()
+    arguments = ["run", str(small_bundle), str(path), "--prompt-ids", str(ids_file)]
+    assert main([*arguments, "--overlay", str(tmp_path / output)]) == 1
+    printed = capsys.readouterr()
+    assert "would be overwritten" in printed.err
+    assert printed.out == ""
+    assert path.read_bytes() == before
+
+
+def test_an_older_overlay_is_replaced(
+    small_bundle: Path, video: Path, ids_file: Path, tmp_path: Path, capsys
+):
+    output = tmp_path / "out.png"
+    output.write_bytes(b"older")
+    arguments = ["run", str(small_bundle), str(video), "--prompt-ids", str(ids_file), "--json"]
+    assert main([*arguments, "--overlay", str(output), "--max-new-tokens", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["overlay"] == [str(output)]
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_overlay_that_fails_does_not_cost_the_answer(
+    small_bundle: Path, video: Path, ids_file: Path, tmp_path: Path, capsys,
+    monkeypatch: pytest.MonkeyPatch, options: list[str],
+):  # fmt: skip
+    def full(*_: object, **__: object) -> None:
+        raise InputError("cannot be written: no space", where="out.png")
+
+    monkeypatch.setattr(overlay, "write_contact_sheet", full)
+    output = tmp_path / "out.mp4"
+    arguments = ["run", str(small_bundle), str(video), "--prompt-ids", str(ids_file), *options]
+    assert main([*arguments, "--overlay", str(output), "--max-new-tokens", "2"]) == 1
+    printed = capsys.readouterr()
+    assert "no space" in printed.err
+    if options:
+        values = json.loads(printed.out)
+        assert len(values["token_ids"]) == 2
+        assert values["overlay"] == [str(output)]
+    else:
+        assert "kept 15 of 30 windows" in printed.out
+
+
+def test_the_sheet_beside_the_video_is_checked_first(
+    small_bundle: Path, video: Path, ids_file: Path, tmp_path: Path, capsys
+):
+    (tmp_path / "out.png").mkdir()
+    arguments = ["run", str(small_bundle), str(video), "--prompt-ids", str(ids_file)]
+    assert main([*arguments, "--overlay", str(tmp_path / "out.mp4")]) == 1
+    printed = capsys.readouterr()
+    assert "out.png: cannot be written" in printed.err
+    assert printed.out == ""
+
+
+def test_every_stage_has_a_bar_that_ends_before_the_answer(
+    small_bundle: Path, video: Path, ids_file: Path, tmp_path: Path, capsys,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    arguments = ["run", str(small_bundle), str(video), "--prompt-ids", str(ids_file)]
+    assert main([*arguments, "--overlay", str(tmp_path / "o.mp4"), "--max-new-tokens", "3"]) == 0
+    lines = capsys.readouterr().err.split("\n")
+    assert [line.split("] ")[-1].split(":")[0] for line in lines[:-1]] == [
+        "read", "vision_lower", "vision_upper", "decode", "overlay"
+    ]  # fmt: skip
+    assert lines[-1] == ""
+
+
+def test_ids_nested_too_deep(small_bundle: Path, video: Path, tmp_path: Path, capsys):
+    path = tmp_path / "ids.json"
+    path.write_text("[" * 100_000)
+    assert main(["run", str(small_bundle), str(video), "--prompt-ids", str(path)]) == 1
+    assert "ids.json: cannot be read" in capsys.readouterr().err
+
+
 def test_inspect(small_bundle: Path, capsys):
     assert main(["inspect", str(small_bundle)]) == 0
     text = capsys.readouterr().out
@@ -156,6 +282,62 @@ def test_eval_refuses_ratios_that_are_no_numbers(small_bundle: Path, capsys):
     assert "prune ratios 'a'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", ["/proc/x/r.json", "."])
+def test_eval_checks_first_where_it_will_write(
+    small_bundle: Path, capsys, monkeypatch: pytest.MonkeyPatch, output: str
+):
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    assert main(["eval", str(small_bundle), "-o", output]) == 1
+    assert f"{output}: cannot be written" in capsys.readouterr().err
+
+
+def test_eval_prints_before_it_writes(
+    small_bundle: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    def full(path: Path, values: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"rows": []})
+    output = tmp_path / "new" / "r.json"
+    arguments = ["eval", str(small_bundle), "--json", "-o", str(output)]
+    assert main(arguments) == 0
+    assert json.loads(output.read_text()) == json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(cli, "write_json", full)
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["rows"] == []
+    assert "No space left on device" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("torch.nn", "pip install 'stts-export[train]'"),
+        ("onnxruntime", "pip install 'stts-export[cpu]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(
+    capsys, monkeypatch: pytest.MonkeyPatch, name: str, fix: str
+):
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("stts_export.training.loop.train", missing)
+    assert main(["train", "x.yaml"]) == 4
+    printed = capsys.readouterr().err
+    assert "train: needs the package" in printed
+    assert fix in printed
+
+
+def test_other_import_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object, **__: object) -> None:
+        raise ImportError("cannot import name 'a' from 'b'", name="b")
+
+    monkeypatch.setattr("stts_export.training.loop.train", broken)
+    with pytest.raises(ImportError, match="cannot import"):
+        main(["train", "x.yaml"])
+
+
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["run"], ["build", "x"]])
 def test_usage_errors_exit_with_2(arguments: list[str], capsys):
     with pytest.raises(SystemExit) as exit_info:
@@ -186,8 +368,6 @@ def test_the_installed_command_starts():
 
 
 def test_an_image_is_never_pruned(small_bundle: Path, tmp_path: Path, capsys):
-    from stts_export.runtime.writing import png_bytes
-
     image = tmp_path / "picture.png"
     image.write_bytes(png_bytes(np.zeros((40, 60, 3), np.uint8)))
     with Session.open(small_bundle, threads=1) as session:

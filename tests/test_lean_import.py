@@ -46,7 +46,7 @@ def test_a_bundle_runs_in_a_bare_environment(small_bundle: Path):
     assert done.stdout.strip() == "9"
 
 
-def test_importing_loads_neither_a_back_end_nor_a_codec_library():
+def test_importing_loads_no_back_end():
     done = _run("""
     import json, stts_export
     print(json.dumps([name for name in ("onnxruntime", "onnx", "torch") if name in sys.modules]))
@@ -58,7 +58,16 @@ def test_importing_loads_neither_a_back_end_nor_a_codec_library():
 def test_building_there_is_refused_with_the_command_that_fixes_it(tmp_path: Path):
     done = _run(f"""
     from stts_export.cli import main
-    sys.exit(main(["build", {str(tmp_path)!r}, "-o", {str(tmp_path / "b")!r}]))
+    sys.exit(main(["build", {str(tmp_path / "c")!r}, "-o", {str(tmp_path / "b")!r}]))
     """)
     assert done.returncode == 4, done.stderr
     assert "pip install 'stts-export[cpu,export]'" in done.stderr
+
+
+def test_training_there_is_refused_with_the_command_that_fixes_it():
+    done = _run("""
+    from stts_export.cli import main
+    sys.exit(main(["train", "x.yaml"]))
+    """)
+    assert done.returncode == 4, done.stderr
+    assert "pip install 'stts-export[train]'" in done.stderr

@@ -23,7 +23,7 @@ from stts_export.runtime.drawing import (
 )
 from stts_export.runtime.resize import check_frames
 from stts_export.runtime.video import Progress, play
-from stts_export.runtime.writing import VideoWriter, finished_file, png_bytes
+from stts_export.runtime.writing import VideoWriter, check_not_source, finished_file, png_bytes
 
 Source = str | os.PathLike[str] | NDArray[np.uint8]
 """A video file, or frames."""
@@ -64,9 +64,11 @@ def write_overlay(
         on_progress: called after every written frame.
 
     Raises:
-        InputError: the shapes do not fit, the source cannot be read, or `out_path` does not end in
-            .mp4 or cannot be written.
+        InputError: the shapes do not fit, the source cannot be read, or `out_path` is the source,
+            does not end in .mp4 or cannot be written.
     """
+    if not isinstance(source, np.ndarray):
+        check_not_source(Path(out_path), source)
     masks = _Masks.checked(keep, window_grid, timestamps, scores)
     with finished_file(Path(out_path), ".mp4") as partial:
         total, moments = _moments(source, masks)

@@ -8,9 +8,9 @@ window; `keep_tokens` takes out those of removed windows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,7 @@ from tokenizers import Tokenizer
 from stts_export.config import ModelConfig, TokenIds
 from stts_export.errors import InputError
 from stts_export.files import json_object
-from stts_export.runtime.tokenizer import (
-    TextStream,
-    decode,
-    load_tokenizer,
-    sequence_ends,
-)
+from stts_export.runtime.tokenizer import decode, load_tokenizer, sequence_ends
 
 _IM_PATCH = "<im_patch>"
 _CHAT_START, _CHAT_END = "<|im_start|>", "<|im_end|>"
@@ -86,7 +81,8 @@ class PromptBuilder:
         """
         tokenizer = load_tokenizer(folder)
         config = _follow_processor(folder, config)
-        bos_id, eos_ids = sequence_ends(folder, tokenizer)
+        limit = config.text.vocab_size + config.text.additional_vocab_size
+        bos_id, eos_ids = sequence_ends(folder, tokenizer, limit)
         return PromptBuilder(
             tokenizer, config, bos_id=bos_id, eos_ids=eos_ids, where=str(folder / "tokenizer.json")
         )
@@ -105,9 +101,10 @@ class PromptBuilder:
             (L,) int64 token ids with T * W times `<im_patch>`.
 
         Raises:
-            InputError: the turns do not alternate, or a text contains a special token.
+            InputError: a turn is not a pair of texts, the turns do not alternate, or a text
+                contains a special token.
         """
-        turns = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        turns = _turns(prompt)
         self._check_turns(turns)
         text = self._video_text(timestamps, windows) + _chat_text(turns)
         return np.array([self.bos_id, *self._encode(text)], dtype=np.int64)
@@ -115,10 +112,6 @@ class PromptBuilder:
     def decode(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """Return the text of `token_ids`, without special tokens."""
         return decode(self.tokenizer, token_ids)
-
-    def stream(self) -> TextStream:
-        """Start decoding an answer token by token."""
-        return TextStream(self.tokenizer)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -159,6 +152,34 @@ class PromptBuilder:
                 fix="write the token another way, give the turns of a conversation as (role, "
                 "text) pairs, or pass the whole prompt as token ids",
             )
+
+
+def check_question(prompt: Conversation) -> None:
+    """Refuse a conversation that ends without a question.
+
+    Raises:
+        InputError: the last turn is empty, or a turn is not a pair of texts.
+    """
+    turns = _turns(prompt)
+    if turns and not turns[-1][1].strip():
+        raise InputError("the question is empty", where="prompt", allowed="some text")
+
+
+def _turns(prompt: Conversation) -> list[tuple[str, str]]:
+    if isinstance(prompt, str):
+        return [("user", prompt)]
+    turns: list[tuple[str, str]] = []
+    for turn in cast(Iterable[object], prompt):
+        match turn:
+            case [str(role), str(text)]:
+                turns.append((role, text))
+            case _:
+                raise InputError(
+                    f"the conversation has the turn {turn!r}",
+                    where="prompt",
+                    allowed="(role, text), both of them strings",
+                )
+    return turns
 
 
 def keep_tokens(
@@ -260,6 +281,9 @@ def _follow_processor(folder: Path, config: ModelConfig) -> ModelConfig:
     """Take over the prompt settings of `processor_config.json`, or refuse them."""
     path = folder / "processor_config.json"
     values = json_object(path)
+    for key in ("video_use_col_tokens", "use_frame_special_tokens"):
+        if not isinstance(values.get(key), bool | None):
+            raise InputError(f"{key} is {values[key]!r}", where=str(path), allowed="true or false")
     if values.get("video_use_col_tokens"):
         raise InputError("video_use_col_tokens is true", where=str(path), allowed="false")
     wanted = values.get("use_frame_special_tokens")
@@ -272,4 +296,4 @@ def _follow_processor(folder: Path, config: ModelConfig) -> ModelConfig:
             where=str(path),
             fix="set both files to what the model was trained with",
         )
-    return dataclasses.replace(config, use_frame_special_tokens=bool(wanted))
+    return dataclasses.replace(config, use_frame_special_tokens=wanted)

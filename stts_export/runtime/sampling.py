@@ -1,7 +1,4 @@
-"""Which moments of a video the model sees (the reference's `uniform_last_frame` mode).
-
-Files are sampled by time, arrays of frames by index; the last frame is always among the samples.
-"""
+"""Which moments of a video the model sees (the reference's `uniform_last_frame` mode)."""
 
 from __future__ import annotations
 
@@ -41,44 +38,6 @@ def sample_times(duration: float, max_frames: int, max_fps: float = 2.0) -> NDAr
     times = np.arange(0.0, duration, 1 / max_fps, dtype=np.float64)
     # A duration of exactly (max_frames - 1) / max_fps may round to one step too many.
     return np.append(times[: max_frames - 1], duration)
-
-
-def sample_indices(
-    total_frames: int, fps: float, max_frames: int, max_fps: float = 2.0
-) -> NDArray[np.int64]:
-    """Frame indices for a clip that is already an array of frames.
-
-    As in the reference, indices repeat when `fps` is below `max_fps`.
-
-    Args:
-        total_frames: frames at hand.
-        fps: their rate, in frames per second.
-        max_frames: upper limit of the number of samples.
-        max_fps: upper limit of samples per second.
-
-    Returns:
-        (T,) int64 indices, non-decreasing, 1 <= T <= max_frames, the last one
-        `total_frames - 1` whenever T > 1.
-
-    Raises:
-        InputError: no frames, or a rate or limit is not positive.
-    """
-    _check_limits(max_frames, max_fps)
-    if total_frames < 1:
-        raise InputError(
-            f"total_frames is {total_frames}", where="sample_indices", allowed="1 or more"
-        )
-    if not (math.isfinite(fps) and fps > 0):
-        raise InputError(f"fps is {fps}", where="sample_indices", allowed="a positive rate")
-    last = total_frames - 1
-    if total_frames <= 2:
-        return np.arange(min(total_frames, max_frames), dtype=np.int64)
-    if total_frames / fps > (max_frames - 1) / max_fps:
-        return np.linspace(0, last, min(max_frames, total_frames)).astype(np.int64)
-    positions = np.arange(0.0, last, fps / max_fps)
-    if np.round(positions[-1]) != last:
-        positions = np.append(positions, last)
-    return np.round(positions).astype(np.int64)
 
 
 def _check_limits(max_frames: int, max_fps: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +15,40 @@ from numpy.typing import NDArray
 from stts_export.bundle import CONFIG_FOLDER, Bundle
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
-from stts_export.files import json_object
 from stts_export.runtime import decoder, planner, vision
-from stts_export.runtime.prompt import Conversation, PromptBuilder, keep_tokens, visual_groups
+from stts_export.runtime.prompt import (
+    Conversation,
+    PromptBuilder,
+    check_question,
+    keep_tokens,
+    visual_groups,
+)
 from stts_export.runtime.resize import check_frames, resize_frames
-from stts_export.runtime.video import VideoClip, read_video
+from stts_export.runtime.tokenizer import eos_ids_of
+from stts_export.runtime.video import Progress, VideoClip, read_video
 from stts_export.tensors import DECODER, VISION_LOWER, VISION_UPPER_FRAMES
 
 DEFAULT_FPS = 2.0
 """Frames per second assumed for arrays without timestamps: the model's own sampling rate."""
 
-Frames = NDArray[np.uint8]
+Frames = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+"""(T, H, W, 3) RGB, as one array or a list of T frames."""
+TokenSequence = Sequence[int] | NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A clip to encode, checked."""
+
+    frames: NDArray[np.uint8]
+    timestamps: NDArray[np.float64]
+    prune_ratio: float
+    count: int
+    """Windows to remove."""
+    keep: NDArray[np.bool_] | None
+    """Decides in place of the scores."""
+    note: str | None
+    """Why nothing will be removed, or None when something will."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,12 @@ class Session:
         self.bundle = bundle
         self._runners = runners
         self._prompts = prompts
-        self._eos_ids = prompts.eos_token_ids if prompts else _eos_ids(bundle)
+        self._vocabulary = bundle.config.text.vocab_size + bundle.config.text.additional_vocab_size
+        self._eos_ids = (
+            prompts.eos_token_ids
+            if prompts
+            else eos_ids_of(bundle.folder / CONFIG_FOLDER, self._vocabulary)
+        )
 
     @staticmethod
     def open(
@@ -142,19 +170,30 @@ class Session:
         self._runners = {}
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return self._eos_ids
+
+    @property
     def config(self) -> ModelConfig:
         """The model's configuration."""
         return self.bundle.config
 
-    def read_video(self, path: str | Path, max_frames: int | None = None) -> VideoClip:
+    def read_video(
+        self, path: str | Path, max_frames: int | None = None, on_progress: Progress | None = None
+    ) -> VideoClip:
         """Sample a video file at the model's size; see `runtime.video.read_video`."""
-        limit = self.bundle.manifest.limits.max_frames
-        if max_frames is not None and max_frames > limit:
-            raise _too_many_frames(max_frames, limit)
+        self._check_open()
+        limits = self.bundle.manifest.limits
+        frames = limits.max_frames if max_frames is None else _integer(max_frames, "max_frames")
+        if frames > limits.max_frames:
+            raise _too_many_frames(frames, limits.max_frames)
         return read_video(
             path,
-            max_frames=limit if max_frames is None else max_frames,
+            max_frames=frames,
+            max_fps=limits.max_fps,
             size=self.config.vision.image_size,
+            on_progress=on_progress,
         )
 
     def encode(
@@ -170,49 +209,57 @@ class Session:
         """Run the vision side on one clip.
 
         Args:
-            frames: uint8 (T, H, W, 3) RGB at any size, or what `read_video` returned.
+            frames: uint8 (T, H, W, 3) RGB at any size, as one array or a list of T frames, or what
+                `read_video` returned.
             prune_ratio: fraction of windows to remove, in [0, 1); the one the model was trained
                 with when None.
-            timestamps: (T,) seconds, for the prompt; 2 frames per second are assumed when None.
+            timestamps: (T,) seconds, never descending, for the prompt; 2 frames per second are
+                assumed when None.
             refill: "reference" (as trained) or "off" (kept windows only).
-            keep: (T, windows) decides in place of the scores, for comparisons; `prune_ratio` is
-                then what it amounts to.
+            keep: (T, windows) decides in place of scores and `prune_ratio`, for comparisons; the
+                clip's `prune_ratio` is then what it amounts to.
             on_progress: called with (stage, done, total) as chunks finish.
 
         Raises:
             InputError: wrong shape or type, too many frames, a ratio outside the limits.
         """
+        self._check_open()
         started = time.perf_counter()
-        is_image = isinstance(frames, VideoClip) and frames.is_image
-        if isinstance(frames, VideoClip):
-            timestamps = frames.timestamps if timestamps is None else timestamps
-            frames = frames.frames
-        check_frames(frames)
-        limit = self.bundle.manifest.limits.max_frames
-        if len(frames) > limit:
-            raise _too_many_frames(len(frames), limit)
-        times = _timestamps(timestamps, len(frames))
-        ratio, count, note = self._removal(len(frames), prune_ratio, is_image, keep)
-        frames = resize_frames(frames, self.config.vision.image_size)
+        if refill not in get_args(vision.Refill):
+            raise InputError(
+                f"refill is {refill!r}",
+                where="encode",
+                allowed=" or ".join(get_args(vision.Refill)),
+            )
+        request = self._request(frames, prune_ratio, timestamps, keep)
+        sized = resize_frames(request.frames, self.config.vision.image_size)
         resized = time.perf_counter()
         out = vision.encode(
             self._runners[VISION_LOWER],
             self._runners[VISION_UPPER_FRAMES],
             self.config.vision,
             self.bundle.manifest.precision,
-            frames,
-            count,
+            sized,
+            request.count,
             refill=refill,
-            keep=keep,
+            keep=request.keep,
             on_progress=on_progress,
         )
         timings = {"resize": resized - started, **out.timings}
-        return EncodedClip(out.scores, out.keep, out.features, times, ratio, note, timings)
+        return EncodedClip(
+            scores=out.scores,
+            keep=out.keep,
+            features=out.features,
+            timestamps=request.timestamps,
+            prune_ratio=request.prune_ratio,
+            note=request.note,
+            timings=timings,
+        )
 
     def generate(
         self,
         clip: EncodedClip | VideoClip | Frames | str | Path,
-        prompt: Conversation | Sequence[int] | NDArray[np.integer[Any]],
+        prompt: Conversation | TokenSequence,
         max_new_tokens: int = 64,
         *,
         prune_ratio: float | None = None,
@@ -227,23 +274,23 @@ class Session:
                 pruning, one `im_patch` id per window.
             max_new_tokens: upper limit of the answer's length.
             prune_ratio: see `encode`; for clips that are not encoded yet.
-            max_frames: upper limit of sampled frames, for a video file.
+            max_frames: upper limit of sampled frames; for a video file.
             on_token: called with every new token id.
 
         Raises:
             InputError: the prompt does not fit the clip or the model, or the clip is at fault.
         """
-        extra: dict[str, float] = {}
+        self._check_open()
+        _check_settings(clip, prune_ratio, max_frames)
+        max_new_tokens = _integer(max_new_tokens, "max_new_tokens")
+        timings: dict[str, float] = {}
         if isinstance(clip, (str, Path)):
             started = time.perf_counter()
             clip = self.read_video(clip, max_frames)
-            extra["read"] = time.perf_counter() - started
+            timings["read"] = time.perf_counter() - started
         if not isinstance(clip, EncodedClip):
+            self.check_prompt(clip, prompt, max_new_tokens, prune_ratio=prune_ratio)
             clip = self.encode(clip, prune_ratio)
-        if max_new_tokens < 1:
-            raise InputError(
-                f"max_new_tokens is {max_new_tokens}", where="generate", allowed=">= 1"
-            )
         ids = self._compact_ids(prompt, clip, max_new_tokens)
         out = decoder.generate(
             self._runners[DECODER],
@@ -256,9 +303,60 @@ class Session:
             eos_ids=self._eos_ids,
             on_token=on_token,
         )
-        timings = {
-            **extra, **clip.timings, "prefill": out.prefill_seconds, "decode": out.decode_seconds
-        }  # fmt: skip
+        return self._answer(clip, out, timings)
+
+    def check_prompt(
+        self,
+        clip: VideoClip | Frames,
+        prompt: Conversation | TokenSequence,
+        max_new_tokens: int = 64,
+        *,
+        prune_ratio: float | None = None,
+    ) -> None:
+        """Refuse, before the work of encoding a clip, what `generate` would refuse after it.
+
+        Args:
+            clip: as for `encode`.
+            prompt: as for `generate`.
+            max_new_tokens: as for `generate`.
+            prune_ratio: as for `encode`.
+
+        Raises:
+            InputError: the prompt does not fit the clip or the model, or the clip is at fault.
+        """
+        self._check_open()
+        max_new_tokens = _integer(max_new_tokens, "max_new_tokens")
+        request = self._request(clip, prune_ratio, None, None)
+        ids = self._token_ids(prompt, request.timestamps)
+        all_windows = np.ones((len(request.frames), self.config.vision.windows), dtype=np.bool_)
+        keep_tokens(ids, all_windows, self.config.tokens.im_patch)
+        kept = all_windows.size - request.count
+        self._check_length(len(ids) - request.count, max_new_tokens, kept)
+
+    def next_token_logits(
+        self,
+        clip: EncodedClip,
+        prompt: Conversation | TokenSequence,
+    ) -> NDArray[np.float32]:
+        """Logits (V,) of the first token of an answer, for scoring choices or comparing models."""
+        self._check_open()
+        ids = self._compact_ids(prompt, clip, 1)
+        precision = self.bundle.manifest.precision
+        cache = decoder.KVCache(self.config, precision, len(ids))
+        groups = visual_groups(ids, self.config.tokens.visual)
+        return decoder.step(self._runners[DECODER], cache, ids, groups, clip.features)
+
+    def _check_open(self) -> None:
+        if not self._runners:
+            raise InputError(
+                "the session is closed",
+                where=str(self.bundle.folder),
+                fix="open the bundle again, and use the session within its `with` block",
+            )
+
+    def _answer(
+        self, clip: EncodedClip, out: decoder.Continuation, timings: dict[str, float]
+    ) -> Answer:
         return Answer(
             text=self._prompts.decode(out.token_ids) if self._prompts else None,
             token_ids=out.token_ids,
@@ -268,43 +366,64 @@ class Session:
             total_windows=clip.total_windows,
             prune_ratio=clip.prune_ratio,
             note=clip.note,
-            timings=timings,
+            timings={
+                **timings,
+                **clip.timings,
+                "prefill": out.prefill_seconds,
+                "decode": out.decode_seconds,
+            },
         )
 
-    def next_token_logits(
+    def _request(
         self,
-        clip: EncodedClip,
-        prompt: Conversation | Sequence[int] | NDArray[np.integer[Any]],
-    ) -> NDArray[np.float32]:
-        """Logits (V,) of the first token of an answer, for scoring choices or comparing models."""
-        ids = self._compact_ids(prompt, clip, 1)
-        precision = self.bundle.manifest.precision
-        cache = decoder.KVCache(self.config, precision, len(ids))
-        groups = visual_groups(ids, self.config.tokens.visual)
-        return decoder.step(self._runners[DECODER], cache, ids, groups, clip.features)
+        clip: Frames | VideoClip,
+        prune_ratio: float | None,
+        timestamps: Sequence[float] | NDArray[np.float64] | None,
+        keep: NDArray[np.bool_] | None,
+    ) -> _Request:
+        """Check a clip and what is asked for it."""
+        is_image = isinstance(clip, VideoClip) and clip.is_image
+        if isinstance(clip, VideoClip):
+            timestamps = clip.timestamps if timestamps is None else timestamps
+            clip = clip.frames
+        frames = _frame_array(clip)
+        limit = self.bundle.manifest.limits.max_frames
+        if len(frames) > limit:
+            raise _too_many_frames(len(frames), limit)
+        times = _timestamps(timestamps, len(frames))
+        if keep is None:
+            if prune_ratio is not None:
+                prune_ratio = _ratio(prune_ratio)
+            ratio, count, note = self._removal(len(frames), prune_ratio, is_image)
+            return _Request(frames, times, ratio, count, None, note)
+        if prune_ratio is not None:
+            raise InputError(
+                f"prune_ratio {prune_ratio!r} together with a keep mask",
+                where="encode",
+                allowed="one of the two: the mask decides what is removed",
+            )
+        mask = _keep_mask(keep, (len(frames), self.config.vision.windows))
+        count = int(mask.size - mask.sum())
+        note = None if count else "nothing was removed: the given mask keeps everything"
+        return _Request(frames, times, count / mask.size, count, mask, note)
 
     def _compact_ids(
         self,
-        prompt: Conversation | Sequence[int] | NDArray[np.integer[Any]],
+        prompt: Conversation | TokenSequence,
         clip: EncodedClip,
         max_new_tokens: int,
     ) -> NDArray[np.int64]:
         """Return the prompt without the tokens of removed windows, checked for length."""
-        ids = keep_tokens(self._token_ids(prompt, clip), clip.keep, self.config.tokens.im_patch)
-        self._check_length(len(ids), max_new_tokens, clip)
+        ids = self._token_ids(prompt, clip.timestamps)
+        ids = keep_tokens(ids, clip.keep, self.config.tokens.im_patch)
+        self._check_length(len(ids), max_new_tokens, clip.kept_windows)
         return ids
 
     def _removal(
-        self,
-        frames: int,
-        prune_ratio: float | None,
-        is_image: bool,
-        keep: NDArray[np.bool_] | None,
+        self, frames: int, prune_ratio: float | None, is_image: bool
     ) -> tuple[float, int, str | None]:
         """Return the ratio in force, the windows to remove, and why there are none."""
         windows, pruning = self.config.vision.windows, self.config.vision.pruning
-        if keep is not None:
-            return _forced_removal(keep, (frames, windows))
         if pruning is None:
             if prune_ratio:
                 raise InputError(
@@ -333,9 +452,7 @@ class Session:
         return ratio, count, None
 
     def _token_ids(
-        self,
-        prompt: Conversation | Sequence[int] | NDArray[np.integer[Any]],
-        clip: EncodedClip,
+        self, prompt: Conversation | TokenSequence, timestamps: NDArray[np.float64]
     ) -> NDArray[np.int64]:
         """Return the complete sequence as before pruning."""
         if _is_text(prompt):
@@ -347,28 +464,28 @@ class Session:
                     fix="add tokenizer.json to the checkpoint folder and build again",
                 )
             text: Conversation = prompt  # type: ignore[assignment]
-            return self._prompts.build(text, clip.timestamps, self.config.vision.windows)
-        ids = np.asarray(prompt)
-        limit = self.config.text.vocab_size + self.config.text.additional_vocab_size
+            check_question(text)
+            return self._prompts.build(text, timestamps, self.config.vision.windows)
+        ids = _array(prompt, "prompt")
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) == 0:
             raise InputError(
                 f"token ids of shape {ids.shape} and type {ids.dtype}",
                 where="prompt",
                 allowed="a flat sequence of integers, not empty",
             )
-        if ids.min() < 0 or ids.max() >= limit:
+        if ids.min() < 0 or ids.max() >= self._vocabulary:
             raise InputError(
                 f"token ids from {ids.min()} to {ids.max()}",
                 where="prompt",
-                allowed=f"0..{limit - 1}",
+                allowed=f"0..{self._vocabulary - 1}",
             )
         return ids.astype(np.int64)
 
-    def _check_length(self, prompt: int, max_new_tokens: int, clip: EncodedClip) -> None:
+    def _check_length(self, prompt: int, max_new_tokens: int, kept: int) -> None:
         limit = self.bundle.manifest.limits.max_tokens
         if prompt + max_new_tokens > limit:
             raise InputError(
-                f"{prompt} prompt tokens ({clip.kept_windows} of them windows) "
+                f"{prompt} prompt tokens ({kept} of them windows) "
                 f"and {max_new_tokens} new ones are {prompt + max_new_tokens}",
                 where="prompt",
                 allowed=f"{limit} tokens",
@@ -378,17 +495,64 @@ class Session:
 
 def _is_text(prompt: object) -> bool:
     """A question or (role, text) turns, rather than token ids."""
-    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], (list, tuple)):
-        return any(isinstance(part, str) for part in prompt[0])
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], tuple):
+        return True
     return isinstance(prompt, str)
 
 
-def _eos_ids(bundle: Bundle) -> frozenset[int]:
-    """Tokens that end an answer of a bundle without a tokenizer; none when it names none."""
-    path = bundle.folder / CONFIG_FOLDER / "generation_config.json"
-    value = json_object(path).get("eos_token_id")
-    ids = value if isinstance(value, list) else [value]
-    return frozenset(token for token in ids if isinstance(token, int))
+def _integer(value: object, name: str) -> int:
+    """Return a number that counts something, 1 or more."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is {value!r}", where=name, allowed="an integer >= 1")
+    return int(value)
+
+
+def _ratio(value: object) -> float:
+    if not isinstance(value, (int, float, np.integer, np.floating)):
+        raise InputError(
+            f"prune ratio {value!r}", where="prune_ratio", allowed="a number, 0 <= ratio < 1"
+        )
+    return float(value)
+
+
+def _array(values: object, where: str) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise InputError(
+            "the parts differ in shape", where=where, allowed="an array, or equally long sequences"
+        ) from None
+
+
+def _check_settings(clip: object, prune_ratio: float | None, max_frames: int | None) -> None:
+    """Refuse settings of steps that were done already."""
+    if prune_ratio is not None and isinstance(clip, EncodedClip):
+        raise InputError(
+            f"prune_ratio {prune_ratio!r} for a clip that is encoded already",
+            where="generate",
+            fix="give the ratio to `encode`",
+        )
+    if max_frames is not None and not isinstance(clip, (str, Path)):
+        raise InputError(
+            f"max_frames {max_frames!r} for a clip that is sampled already",
+            where="generate",
+            fix="give the limit to `read_video`, or pass the video file",
+        )
+
+
+def _frame_array(frames: object) -> NDArray[np.uint8]:
+    """Return (T, height, width, 3), given as one array or as T of them."""
+    if isinstance(frames, (list, tuple)):
+        frames = _array(frames, "frames")
+    if not isinstance(frames, np.ndarray):
+        raise InputError(
+            f"got {type(frames).__name__}",
+            where="frames",
+            allowed="a NumPy array, uint8 (T, height, width, 3) in RGB order, or what `read_video` "
+            "returned",
+        )
+    check_frames(frames)
+    return frames
 
 
 def _timestamps(
@@ -396,28 +560,29 @@ def _timestamps(
 ) -> NDArray[np.float64]:
     if given is None:
         return np.arange(frames) / DEFAULT_FPS
-    times = np.asarray(given, dtype=np.float64)
-    if times.shape != (frames,) or not np.isfinite(times).all():
+    times = _array(given, "timestamps")
+    allowed = "one finite number of seconds per frame, 0 or more, not descending"
+    if times.shape != (frames,) or times.dtype.kind not in "iuf":
         raise InputError(
-            f"timestamps of shape {times.shape} for {frames} frames",
+            f"timestamps of shape {times.shape} and type {times.dtype} for {frames} frames",
             where="timestamps",
-            allowed="one finite number of seconds per frame",
+            allowed=allowed,
         )
+    times = times.astype(np.float64)
+    if not np.isfinite(times).all() or times[0] < 0 or (np.diff(times) < 0).any():
+        raise InputError(f"the times are {times.tolist()}", where="timestamps", allowed=allowed)
     return times
 
 
-def _forced_removal(
-    keep: NDArray[np.bool_], shape: tuple[int, int]
-) -> tuple[float, int, str | None]:
+def _keep_mask(given: object, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    keep = _array(given, "keep")
     if keep.shape != shape or keep.dtype != np.bool_ or not keep.any():
         raise InputError(
             f"a keep mask of shape {keep.shape} and type {keep.dtype}",
             where="keep",
             allowed=f"bool {shape} with at least one window",
         )
-    count = int(keep.size - keep.sum())
-    note = None if count else "nothing was removed: the given mask keeps everything"
-    return count / keep.size, count, note
+    return keep
 
 
 def _too_many_frames(frames: int, limit: int) -> InputError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from tokenizers import Tokenizer
 
 from stts_export.errors import InputError
 from stts_export.files import json_object
-
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -40,72 +37,76 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def sequence_ends(folder: Path, tokenizer: Tokenizer) -> tuple[int, list[int]]:
+def sequence_ends(folder: Path, tokenizer: Tokenizer, limit: int) -> tuple[int, list[int]]:
     """Return the id that begins every sequence and the ids that end an answer.
 
     The tokenizer's own tokens come before `generation_config.json` for the beginning, after it for
     the end, as in transformers.
 
+    Args:
+        folder: holds `tokenizer_config.json` and `generation_config.json`.
+        tokenizer: the tokenizer of that folder.
+        limit: tokens that the model has embeddings for.
+
     Raises:
         InputError: neither file names a token that ends an answer, or one of them is malformed.
     """
-    names = json_object(folder / "tokenizer_config.json")
-    generation = json_object(folder / "generation_config.json")
-    bos, eos = (_token_id(names.get(key), tokenizer) for key in ("bos_token", "eos_token"))
-    stops: Any = generation.get("eos_token_id")
-    if stops is None:
-        stops = eos
-    eos_ids: list[Any] = stops if isinstance(stops, list) else [stops]
-    if not eos_ids or not all(isinstance(token, int) for token in eos_ids):
+    path = folder / "tokenizer_config.json"
+    names = json_object(path)
+    bos, eos = (
+        [_checked_id(f"id of the {key}", token, limit, path)]
+        if (token := _token_id(names.get(key), tokenizer)) is not None
+        else []
+        for key in ("bos_token", "eos_token")
+    )
+    eos_ids = _generation_ids(folder, "eos_token_id", limit) or eos
+    if not eos_ids:
         raise InputError(
-            f"the token that ends an answer is {stops!r}",
+            "names no token that ends an answer",
             where=str(folder),
             allowed="eos_token_id (an id or a list) in generation_config.json, "
             "or eos_token in tokenizer_config.json",
         )
     # Qwen3 has no token for the beginning; the released models take the one for the end.
-    begins = (bos, eos, generation.get("bos_token_id"), eos_ids[0])
-    return next(int(token) for token in begins if token is not None), eos_ids
+    begins = bos or eos or _generation_ids(folder, "bos_token_id", limit) or eos_ids
+    return begins[0], eos_ids
+
+
+def eos_ids_of(folder: Path, limit: int) -> frozenset[int]:
+    """Return the tokens that end an answer by `generation_config.json`; none when it names none.
+
+    Args:
+        folder: a bundle's `config/`, or a checkpoint.
+        limit: tokens that the model has embeddings for.
+
+    Raises:
+        InputError: the file is malformed.
+    """
+    return frozenset(_generation_ids(folder, "eos_token_id", limit))
+
+
+def _generation_ids(folder: Path, key: str, limit: int) -> list[int]:
+    """Ids that `generation_config.json` has under a key, one or a list; empty when absent."""
+    path = folder / "generation_config.json"
+    value = json_object(path).get(key)
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [_checked_id(key, token, limit, path) for token in values]
+
+
+def _checked_id(key: str, value: Any, limit: int, path: Path) -> int:
+    if type(value) is not int or not 0 <= value < limit:
+        raise InputError(
+            f"{key} is {value!r}", where=str(path), allowed=f"token ids, 0..{limit - 1}"
+        )
+    return value
 
 
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
     """Return the text of `token_ids`, without special tokens."""
     text: str = tokenizer.decode([int(token) for token in token_ids])
     return text
-
-
-@dataclass
-class TextStream:
-    """Decodes an answer as its tokens arrive, and never shows half a character.
-
-    The pieces returned by `push` and `finish` add up to the text of all tokens.
-    """
-
-    tokenizer: Tokenizer
-
-    def __post_init__(self) -> None:
-        self._ids: list[int] = []
-        self._shown = 0  # tokens whose text has been returned
-        self._context = 0  # start of the last piece: some decoders treat a first token specially
-
-    def push(self, token_id: int) -> str:
-        """Add a token; return the text that is now certain, often empty."""
-        self._ids.append(int(token_id))
-        piece = self._pending()
-        if not piece or piece.endswith(_REPLACEMENT):
-            return ""
-        self._context, self._shown = self._shown, len(self._ids)
-        return piece
-
-    def finish(self) -> str:
-        """Return what was held back, with a replacement character for an unfinished one."""
-        piece = self._pending()
-        self._context, self._shown = self._shown, len(self._ids)
-        return piece
-
-    def _pending(self) -> str:
-        shown = decode(self.tokenizer, self._ids[self._context : self._shown])
-        return decode(self.tokenizer, self._ids[self._context :])[len(shown) :]
 
 
 def _token_id(value: object, tokenizer: Tokenizer) -> int | None:

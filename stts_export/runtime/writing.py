@@ -101,6 +101,24 @@ def check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
         raise InputError("cannot be written", where=str(path), fix=_WRITABLE)
 
 
+def check_not_source(path: Path, source: str | os.PathLike[str]) -> None:
+    """Refuse to write over the file that is read.
+
+    Raises:
+        InputError: both names are the same file.
+    """
+    try:
+        same = path.samefile(source)
+    except OSError:
+        same = False  # one of them does not exist
+    if same:
+        raise InputError(
+            f"is the input {os.fspath(source)} and would be overwritten",
+            where=str(path),
+            fix="name another file",
+        )
+
+
 @contextmanager
 def finished_file(path: Path, suffix: str) -> Iterator[Path]:
     """Yield a name to write to; the file gets its own name when all went well.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import sys
@@ -27,6 +26,7 @@ from stts_export._version import __version__
 from stts_export.checkpoint import save_checkpoint
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
+from stts_export.machine import machine
 from stts_export.model.vlm import SttsModel
 from stts_export.runtime.prompt import PromptBuilder
 from stts_export.training.batches import (
@@ -344,17 +344,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     warm = (step + 1) / max(1, optim.warmup_steps)
     cool = (optim.steps - step) / (optim.cooldown_share * optim.steps)
     return optim.learning_rate * min(1.0, warm, cool)
-
-
-def machine() -> str:
-    """Name this machine's processor and system."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    except OSError:
-        found = None
-    name = found[1] if found else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
 
 
 def _optimizer(config: TrainConfig, modules: Sequence[nn.Module]) -> torch.optim.AdamW:

@@ -133,6 +133,16 @@ def test_bad_source_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_source_is_never_written_over(tmp_path):
+    path = _video(tmp_path / "clip.mp4", 4)
+    (tmp_path / "other.mp4").symlink_to(path)
+    before = path.read_bytes()
+    for name in ("clip.mp4", "other.mp4"):
+        with pytest.raises(InputError, match=r"is the input .*clip\.mp4 and would be overwritten"):
+            write_overlay(tmp_path / name, path, KEEP, GRID, TIMES)
+    assert path.read_bytes() == before
+
+
 def test_full_disk(tmp_path, monkeypatch):
     def full(image: np.ndarray) -> bytes:
         raise OSError(28, "No space left on device")

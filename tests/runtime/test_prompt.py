@@ -1,21 +1,25 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
 
 from stts_export.config import ConnectorConfig, ModelConfig, TextConfig, TokenIds, VisionConfig
 from stts_export.errors import InputError
-from stts_export.runtime.prompt import PromptBuilder, keep_tokens, visual_groups
-from stts_export.runtime.tokenizer import TextStream
+from stts_export.runtime.prompt import (
+    PromptBuilder,
+    check_question,
+    keep_tokens,
+    visual_groups,
+)
+from stts_export.runtime.tokenizer import eos_ids_of
 
 CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VISUAL_TOKENS = {
@@ -202,6 +206,23 @@ def test_roles_must_alternate(builder, roles):
         builder.build([(role, "a") for role in roles], None, windows=4)
 
 
+@pytest.mark.parametrize(
+    "turn", [("user",), ("user", 5), ("user", "a", "b"), (1, "a"), "user", 7, None, {"user": "a"}]
+)
+def test_turns_are_pairs_of_text(builder, turn):
+    with pytest.raises(InputError, match="conversation has the turn"):
+        builder.build([turn], None, windows=4)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n\t"])
+def test_a_question_has_text(text):
+    check_question("hi")
+    check_question([("user", ""), ("assistant", "what?"), ("user", "hi")])
+    for prompt in (text, [("user", "hi"), ("assistant", "yes"), ("user", text)]):
+        with pytest.raises(InputError, match="question is empty"):
+            check_question(prompt)
+
+
 def test_system_role_is_refused(builder):
     with pytest.raises(InputError, match="'system'"):
         builder.build([("system", "be brief"), ("user", "a")], None, windows=4)
@@ -279,11 +300,49 @@ def test_no_token_ends_an_answer(folder, tmp_path, config):
         PromptBuilder.from_folder(tmp_path, config)
 
 
+@pytest.mark.parametrize("value", [True, "8", 8.0, -1, 416, [True], [8, None], {"id": 8}])
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_wrong_ids_in_the_generation_config(folder, tmp_path, config, key, value):
+    _copy(folder, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 8, key: value}))
+    with pytest.raises(InputError, match=rf"generation_config\.json: {key} is"):
+        PromptBuilder.from_folder(tmp_path, config)
+
+
+def test_ends_of_a_folder_without_a_tokenizer(tmp_path):
+    assert eos_ids_of(tmp_path, 10) == frozenset()
+    path = tmp_path / "generation_config.json"
+    for text, ids in (("{}", set()), ('{"eos_token_id": 3}', {3}), ('{"eos_token_id": [3]}', {3})):
+        path.write_text(text)
+        assert eos_ids_of(tmp_path, 10) == ids
+    for text in ('{"eos_token_id": 10}', '{"eos_token_id": [true]}', "3"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"generation_config\.json"):
+            eos_ids_of(tmp_path, 10)
+
+
+def test_a_tokenizer_larger_than_the_embedding(folder, tmp_path, config):
+    _copy(folder, tmp_path)
+    small = dataclasses.replace(config.text, vocab_size=100, additional_vocab_size=0)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: id of the eos_token"):
+        PromptBuilder.from_folder(tmp_path, dataclasses.replace(config, text=small))
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_broken_side_file(folder, tmp_path, config, content):
     _copy(folder, tmp_path)
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(InputError, match=r"generation_config\.json"):
+        PromptBuilder.from_folder(tmp_path, config)
+
+
+@pytest.mark.parametrize("key", ["video_use_col_tokens", "use_frame_special_tokens"])
+@pytest.mark.parametrize("value", [1, 0, "false", []])
+def test_processor_flags_are_booleans(folder, tmp_path, config, key, value):
+    _copy(folder, tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(InputError, match=rf"processor_config\.json: {key} is"):
         PromptBuilder.from_folder(tmp_path, config)
 
 
@@ -308,41 +367,6 @@ def test_column_tokens_are_refused(folder, tmp_path, config):
     (tmp_path / "processor_config.json").write_text('{"video_use_col_tokens": true}')
     with pytest.raises(InputError, match="video_use_col_tokens is true"):
         PromptBuilder.from_folder(tmp_path, config)
-
-
-@given(
-    st.text(
-        st.characters(codec="utf-8", exclude_characters="\N{REPLACEMENT CHARACTER}"), max_size=40
-    )
-)
-def test_streamed_text_adds_up(text):
-    tokenizer = _TOKENIZER
-    ids = tokenizer.encode(text).ids
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in ids]
-    assert "".join(pieces) == text
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
-
-
-@given(st.lists(st.integers(0, 340), max_size=30))
-def test_streamed_tokens_add_up_even_when_they_are_not_text(ids):
-    stream = TextStream(_TOKENIZER)
-    pieces = [stream.push(token) for token in ids]
-    assert "".join(pieces) + stream.finish() == _TOKENIZER.decode(ids)
-
-
-def test_stream_holds_back_half_a_character(builder):
-    ids = builder.tokenizer.encode("🚗!").ids
-    stream = builder.stream()
-    assert [stream.push(token) for token in ids] == ["", "", "", "🚗", "!"]
-    assert stream.finish() == ""
-
-
-def test_stream_ends_in_the_middle_of_a_character(builder):
-    stream = builder.stream()
-    for token in builder.tokenizer.encode("ok🚗").ids[:-1]:
-        stream.push(token)
-    assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_keep_tokens_removes_windows_in_order(builder):
@@ -378,6 +402,3 @@ def test_visual_groups(builder):
     special = ("<frame_start>", "<im_patch>", "<frame_end>")
     inside = [builder.tokenizer.id_to_token(int(token)) in special for token in ids]
     assert groups.tolist() == [0 if visual else -1 for visual in inside]
-
-
-_TOKENIZER = _tokenizer(CHAT_TOKENS + list(VISUAL_TOKENS.values()))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stts_export.errors import InputError
-from stts_export.runtime.sampling import sample_indices, sample_times
+from stts_export.runtime.sampling import sample_times
 
 
 def test_short_clip_is_sampled_at_max_fps_and_at_its_end():
@@ -55,52 +55,10 @@ def test_a_duration_that_just_fits_never_exceeds_max_frames(max_frames, max_fps)
     assert len(sample_times((max_frames - 1) / max_fps, max_frames, max_fps)) <= max_frames
 
 
-@pytest.mark.parametrize(
-    ("total", "fps", "max_frames", "expected"),
-    [
-        (1, 30, 64, [0]),
-        (2, 30, 64, [0, 1]),
-        (2, 30, 1, [0]),
-        (10, 4, 64, [0, 2, 4, 6, 8, 9]),
-        (9, 4, 64, [0, 2, 4, 6, 8]),
-        (100, 10, 4, [0, 33, 66, 99]),
-        (11, 5, 64, [0, 2, 5, 8, 10]),  # 2.5 -> 2, 7.5 -> 8: round half to even
-        (3, 1, 64, [0, 0, 1, 2]),  # slower than max_fps: the reference repeats frames
-        (5, 1, 1, [0]),
-    ],
-)
-def test_indices(total, fps, max_frames, expected):
-    assert sample_indices(total, fps, max_frames).tolist() == expected
-
-
-@given(st.integers(1, 5000), st.floats(0.5, 240), st.integers(1, 400))
-def test_indices_respect_the_limit_and_take_the_last_frame(total, fps, max_frames):
-    indices = sample_indices(total, fps, max_frames)
-    assert indices.dtype == np.int64
-    assert 1 <= len(indices) <= max_frames
-    assert indices[0] == 0
-    assert (np.diff(indices) >= 0).all()
-    assert indices[-1] == (total - 1 if max_frames > 1 else 0)
-
-
 @pytest.mark.parametrize("duration", [-1.0, float("nan"), float("inf")])
 def test_bad_duration(duration):
     with pytest.raises(InputError, match=f"duration is {duration}"):
         sample_times(duration, 8)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((10, 30.0, 0, 2.0), "max_frames is 0"),
-        ((10, 30.0, 8, 0.0), "max_fps is 0.0"),
-        ((10, 0.0, 8, 2.0), "fps is 0.0"),
-        ((0, 30.0, 8, 2.0), "total_frames is 0"),
-    ],
-)
-def test_bad_index_arguments(arguments, message):
-    with pytest.raises(InputError, match=message):
-        sample_indices(*arguments)
 
 
 def test_bad_time_limits():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from stts_export import Session
 from stts_export.errors import InputError
 from stts_export.model.vlm import SttsModel
 from stts_export.runtime import planner, vision
+from stts_export.runtime import session as session_module
+from stts_export.runtime.prompt import PromptBuilder
 from stts_export.tensors import VISION_LOWER, VISION_UPPER
 from stts_export.tolerances import TOLERANCES, difference
 from tests.helpers import (
@@ -34,6 +37,13 @@ def golden(golden_bundle: Path) -> Iterator[Session]:
 @pytest.fixture(scope="module")
 def session(small_bundle: Path) -> Iterator[Session]:
     with Session.open(small_bundle, threads=1) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def speaking(text_bundle: Path) -> Iterator[Session]:
+    """A session that takes text."""
+    with Session.open(text_bundle, threads=1) as session:
         yield session
 
 
@@ -195,8 +205,118 @@ def test_a_token_that_ends_the_answer_stops_it(session: Session):
     assert answer.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 2.0, float("nan")])
-def test_ratios_outside_the_range(session: Session, ratio: float):
+QUESTION = "What colour is the square?"
+
+
+def test_a_question_is_the_sequence_that_the_tokenizer_builds(speaking: Session):
+    frames, times = random_frames(4, (48, 48)), [0.0, 0.5, 1.0, 1.3]
+    clip = speaking.encode(frames, 0.5, times)
+    prompts = PromptBuilder.from_folder(speaking.bundle.folder / "config", speaking.config)
+    ids = prompts.build(QUESTION, times, 16)
+    answer = speaking.generate(clip, QUESTION, 5)
+    assert answer.token_ids == speaking.generate(clip, ids, 5).token_ids
+    assert answer.text == prompts.decode(answer.token_ids)
+    assert speaking.eos_token_ids == {prompts.tokenizer.token_to_id("<|im_end|>")}
+    assert (answer.kept_windows, answer.total_windows) == (32, 64)
+
+
+def test_turns_of_a_conversation(speaking: Session):
+    clip = speaking.encode(random_frames(2, (48, 48)), 0.5)
+    turns = [("user", QUESTION), ("assistant", "red"), ("user", "How many squares are there?")]
+    assert speaking.generate(clip, turns, 3).text is not None
+    same = speaking.next_token_logits(clip, [("user", QUESTION)])
+    np.testing.assert_array_equal(same, speaking.next_token_logits(clip, QUESTION))
+    assert not np.array_equal(same, speaking.next_token_logits(clip, turns))
+    with pytest.raises(InputError, match="roles"):
+        speaking.generate(clip, turns[:2], 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "text"),
+    [
+        (QUESTION + " <im_patch>", 4, "special token"),
+        (QUESTION * 500, 4, r"\d+ prompt tokens \(32 of them windows\)"),
+        (QUESTION, 10**6, "and 1000000 new ones"),
+        (QUESTION, 0, "max_new_tokens is 0"),
+    ],
+)
+def test_a_prompt_is_refused_before_the_clip_is_encoded(
+    speaking: Session, monkeypatch: pytest.MonkeyPatch, prompt: str, new: int, text: str
+):
+    monkeypatch.setattr(vision, "encode", None)
+    with pytest.raises(InputError, match=text):
+        speaking.generate(random_frames(4, (48, 48)), prompt, new, prune_ratio=0.5)
+
+
+def test_ids_are_refused_before_the_clip_is_encoded(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vision, "encode", None)
+    for prompt, text in ((prompt_ids(session.config, 3), "18 window tokens"), ("x", "tokenizer")):
+        with pytest.raises(InputError, match=text):
+            session.check_prompt(random_frames(4), prompt)
+
+
+def test_settings_that_come_too_late_are_refused(session: Session):
+    clip, ids = session.encode(random_frames(2), 0.5), prompt_ids(session.config, 2)
+    with pytest.raises(InputError, match=r"prune_ratio 0\.3 for a clip that is encoded"):
+        session.generate(clip, ids, 2, prune_ratio=0.3)
+    with pytest.raises(InputError, match="max_frames 4 for a clip that is sampled"):
+        session.generate(clip, ids, 2, max_frames=4)
+    with pytest.raises(InputError, match="max_frames 4 for a clip that is sampled"):
+        session.generate(random_frames(2), ids, 2, max_frames=4)
+
+
+def test_settings_that_contradict_each_other_or_are_unknown(session: Session):
+    frames = random_frames(2)
+    with pytest.raises(InputError, match="together with a keep mask"):
+        session.encode(frames, 0.5, keep=np.ones((2, 6), bool))
+    with pytest.raises(InputError, match="refill is 'of'") as error:
+        session.encode(frames, 0.5, refill="of")  # type: ignore[arg-type]
+    assert "reference or off" in str(error.value)
+
+
+def test_lists_are_taken_as_arrays(session: Session):
+    frames, keep = random_frames(3), np.arange(18).reshape(3, 6) % 3 > 0
+    clip = session.encode(list(frames), keep=keep.tolist())
+    np.testing.assert_array_equal(clip.features, session.encode(frames, keep=keep).features)
+    assert clip.kept_windows == 12
+
+
+def test_the_rate_of_the_bundle_is_sampled_at(session: Session, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(session_module, "read_video", lambda _, **values: asked.update(values))
+    limits = dataclasses.replace(session.bundle.manifest.limits, max_fps=0.5)
+    manifest = dataclasses.replace(session.bundle.manifest, limits=limits)
+    monkeypatch.setattr(session, "bundle", dataclasses.replace(session.bundle, manifest=manifest))
+    session.read_video("clip.mp4", np.int64(9))
+    assert (asked["max_fps"], asked["max_frames"]) == (0.5, 9)
+
+
+@pytest.mark.parametrize("count", [1.5, "8", True, 0])
+def test_counts_are_integers(session: Session, count: Any):
+    with pytest.raises(InputError, match="max_frames is"):
+        session.read_video("clip.mp4", count)
+    with pytest.raises(InputError, match="max_new_tokens is"):
+        session.generate(random_frames(2), prompt_ids(session.config, 2), count)
+
+
+def test_a_closed_session_says_so(small_bundle: Path):
+    with Session.open(small_bundle, threads=1) as session:
+        clip, ids = session.encode(random_frames(2), 0.5), prompt_ids(session.config, 2)
+    for use in (
+        lambda: session.read_video("clip.mp4"),
+        lambda: session.encode(random_frames(2)),
+        lambda: session.generate(clip, ids),
+        lambda: session.check_prompt(random_frames(2), ids),
+        lambda: session.next_token_logits(clip, ids),
+    ):
+        with pytest.raises(InputError, match="the session is closed"):
+            use()
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 2.0, float("nan"), "0.5", [0.5]])
+def test_ratios_outside_the_range(session: Session, ratio: Any):
     with pytest.raises(InputError, match="prune ratio"):
         session.encode(random_frames(2), ratio)
 
@@ -209,11 +329,19 @@ def test_ratios_outside_the_range(session: Session, ratio: float):
         np.zeros((2, 84, 126, 4), np.uint8),
         np.zeros((2, 84, 126, 3), np.float32),
         np.zeros((2, 0, 126, 3), np.uint8),
+        [],
+        [np.zeros((84, 126, 3), np.uint8), np.zeros((84, 120, 3), np.uint8)],
+        None,
+        7,
+        torch.zeros((2, 84, 126, 3), dtype=torch.uint8),
     ],
-    ids=["none", "no time axis", "rgba", "float", "empty side"],
-)
+    ids=[
+        "none", "no time axis", "rgba", "float", "empty side", "empty list", "ragged", "None",
+        "number", "tensor",
+    ],
+)  # fmt: skip
 def test_frames_of_a_wrong_kind(session: Session, frames: Any):
-    with pytest.raises(InputError, match="uint8"):
+    with pytest.raises(InputError, match=r"uint8|differ in shape"):
         session.encode(frames, 0.5)
 
 
@@ -224,16 +352,37 @@ def test_more_frames_than_the_bundle_allows(session: Session):
     assert "--max-frames 65" in str(error.value)
 
 
-def test_timestamps_must_fit(session: Session):
-    with pytest.raises(InputError, match="timestamps of shape"):
-        session.encode(random_frames(3), 0.5, [0.0, 0.5])
+@pytest.mark.parametrize(
+    "times",
+    [
+        [0.0, 0.5],
+        ["0", "1", "2"],
+        [0.0, None, 1.0],
+        [[0.0], [1.0, 2.0], [3.0]],
+        [-0.5, 0.0, 0.5],
+        [0.0, 1.0, 0.5],
+        [0.0, 1.0, float("inf")],
+        "abc",
+    ],
+)
+def test_timestamps_must_fit(session: Session, times: Any):
+    with pytest.raises(InputError, match=r"^timestamps: "):
+        session.encode(random_frames(3), 0.5, times)
 
 
 @pytest.mark.parametrize(
-    "keep", [np.ones((2, 6), bool), np.zeros((3, 6), bool), np.ones((3, 6), np.uint8)]
+    "keep",
+    [
+        np.ones((2, 6), bool),
+        np.zeros((3, 6), bool),
+        np.ones((3, 6), np.uint8),
+        [[True] * 6] * 2,
+        [[True], [True] * 6, []],
+        "yes",
+    ],
 )
 def test_a_given_mask_must_fit(session: Session, keep: Any):
-    with pytest.raises(InputError, match="keep mask"):
+    with pytest.raises(InputError, match=r"^keep: "):
         session.encode(random_frames(3), keep=keep)
 
 
@@ -245,6 +394,9 @@ def test_a_given_mask_must_fit(session: Session, keep: Any):
         (lambda ids: [*ids, -1], "-1"),
         (lambda _: [], "not empty"),
         (lambda ids: [ids], "flat sequence"),
+        (lambda ids: [ids, ids[:3]], "differ in shape"),
+        (lambda ids: [*ids, 10**30], "flat sequence"),
+        (lambda _: None, "flat sequence"),
         (lambda _: "What is this?", "without a tokenizer"),
     ],
 )
@@ -257,7 +409,9 @@ def test_prompts_that_do_not_fit(session: Session, change: Any, text: str):
 def test_a_prompt_too_long_is_counted_in_the_message(session: Session):
     clip = session.encode(random_frames(2), 0.5)
     prompt = [*prompt_ids(session.config, 2), *[1] * 8192]
-    with pytest.raises(InputError, match=r"8204 prompt tokens|prompt tokens") as error:
+    # 2 frames of 1 number, 2 marks and 6 windows, half of those removed; 6 words, and the rest.
+    counted = r"8210 prompt tokens \(6 of them windows\) and 4 new ones are 8214"
+    with pytest.raises(InputError, match=counted) as error:
         session.generate(clip, prompt, 4)
     assert "8192 tokens" in str(error.value)
 
@@ -276,8 +430,6 @@ def test_a_back_end_the_bundle_was_not_built_for(small_bundle: Path):
 def test_the_lowest_ratio_of_a_bundle_is_enforced(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ):
-    import dataclasses
-
     limits = dataclasses.replace(session.bundle.manifest.limits, min_prune_ratio=0.4)
     manifest = dataclasses.replace(session.bundle.manifest, limits=limits)
     monkeypatch.setattr(session, "bundle", dataclasses.replace(session.bundle, manifest=manifest))
