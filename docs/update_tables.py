@@ -40,7 +40,8 @@ def accuracy_table() -> str:
     lines.append("")
     lines.append(
         f"{results['questions']['all']} held-out questions ({asked}) about {results['clips']} "
-        f"H.264 clips; `{results['command']}` on {results['machine']}."
+        f"H.264 clips, {results['precision']} bundle; `{results['command']}` on "
+        f"{results['machine']}."
     )
     lines.append(
         f"{made['parameters'] / 1e6:.1f} M parameters, trained for "

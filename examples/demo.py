@@ -14,8 +14,7 @@ from stts_export.cli import main as stts_export
 from stts_export.training.clips import make_clip, split_seed, write_mp4
 
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
-CLIP_KINDS = ("events", "motion")
-QUESTIONS_PER_CLIP = 3
+CLIP_KINDS = ("stills", "events", "motion")
 
 
 def run(*arguments: str | Path) -> None:
@@ -42,7 +41,8 @@ def main() -> None:
         write_mp4(clip, video)
         print(f"\n# {video}: {clip.duration:g} s of H.264, made by the clip generator")
         overlay: list[str | Path] = ["--overlay", output / f"{kind}_overlay.mp4"]
-        for question in clip.questions[:QUESTIONS_PER_CLIP]:
+        first_of_type = {question.type: question for question in reversed(clip.questions)}
+        for question in first_of_type.values():
             run("run", bundle, video, "-p", question.text, "--prune-ratio", "0.5", *overlay)
             print(f"(the generator's answer: {question.answer})")
             overlay = []

@@ -382,6 +382,7 @@ def _eval_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: Arguments) -> int:
+    from stts_export.bundle import Bundle
     from stts_export.training.evaluation import evaluate, table
 
     try:
@@ -399,6 +400,7 @@ def _eval(arguments: Arguments) -> int:
         ratios=ratios,
         selectors=arguments.selector.split(","),
     )
+    results["precision"] = Bundle.open(arguments.bundle).manifest.precision
     results["machine"] = machine()
     results["command"] = _command(arguments)
     print(json.dumps(results) if arguments.json else table(results), flush=True)

@@ -1,0 +1,108 @@
+"""What is written down is what happens: README commands, its example and its tables."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+
+from stts_export.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a user has after `make demo`."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "demo.py"],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder / "demo.log").write_text(done.stdout)
+    return folder
+
+
+def test_the_demo_answers_and_shows_what_was_pruned(workplace: Path):
+    log = (workplace / "demo.log").read_text()
+    answers = re.findall(
+        r"\n\$ stts-export run [^\n]*\n([^\n]+)\n.*?\(the generator's answer: ([^)]+)\)",
+        log, flags=re.DOTALL,
+    )  # fmt: skip
+    assert len(answers) >= 5
+    assert sum(got == expected for got, expected in answers) >= 0.7 * len(answers)
+    for kind in ("stills", "events", "motion"):
+        assert (workplace / "demo_out" / f"{kind}_overlay.mp4").stat().st_size > 0
+        assert (workplace / "demo_out" / f"{kind}_overlay.png").stat().st_size > 0
+
+
+def test_readme_commands_and_example_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(workplace)
+    commands = [
+        shlex.split(line) for block in _blocks("bash") for line in block.splitlines() if line
+    ]
+    assert {command[1] for command in commands} == {"build", "inspect", "run", "verify"}
+    for command in commands:
+        assert command[0] == "stts-export"
+        assert main(command[1:]) == 0, (command, capsys.readouterr().err)
+    capsys.readouterr()
+    (example,) = _blocks("python")
+    script = workplace / "example.py"
+    script.write_text(example)
+    runpy.run_path(str(script))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
+    assert all(re.fullmatch(r"\w+ \d+/\d+ windows", line) for line in printed)
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_tables_come_from_recorded_results():
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "update_tables.py", "--check"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_runs_the_readme_s_test_command():
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))
+def test_links_and_named_files_exist(document: Path):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / target).exists(), target
+    for name in re.findall(r"`((?:stts_export|docs|tests|benchmarks|configs)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_extra_in_the_readme_is_defined():
+    extras = metadata("stts-export").get_all("Provides-Extra")
+    assert extras is not None
+    named = {
+        extra
+        for group in re.findall(r"stts-export\[([\w,-]+)\]", README)
+        for extra in group.split(",")
+    }
+    assert named <= set(extras)
