@@ -123,6 +123,7 @@ class Trainer:
         self.level = 0
         self.seconds = 0.0
         self.dev: dict[str, float] = {}
+        self.dev_level = 0
 
     @property
     def parameter_count(self) -> int:
@@ -212,6 +213,7 @@ class Trainer:
                 for kind, correct in zip(result.types, result.correct.tolist(), strict=True):
                     right[kind].append(correct)
         self.dev = {kind: sum(answers) / len(answers) for kind, answers in sorted(right.items())}
+        self.dev_level = self.level
         self._record({"dev": self.dev, "level": self.level})
         shown = "  ".join(f"{kind} {share:.2f}" for kind, share in self.dev.items())
         _say(f"step {self.step}  dev at level {self.level}: {shown}")
@@ -279,7 +281,7 @@ class Trainer:
             "clips": self.step * self.config.data.clips_per_step,
             "training_seconds": round(self.seconds),
             "parameters": self.parameter_count,
-            "dev_accuracy": {"prune_ratio": DEV_RATIO, "level": self.level, **self.dev},
+            "dev_accuracy": {"prune_ratio": DEV_RATIO, "level": self.dev_level, **self.dev},
             "config": self.config.to_dict(),
         }
 
