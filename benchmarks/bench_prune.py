@@ -34,6 +34,7 @@ from benchmarks.harness.timing import cpu_time, machine, summary
 from stts_export.config import ModelConfig
 from stts_export.engines import onnxruntime
 from stts_export.runtime import decoder, planner, vision
+from stts_export.runtime.prompt import visual_groups
 from stts_export.tensors import (
     DECODER,
     VISION_LOWER,
@@ -250,7 +251,7 @@ def _encode(
 def _prefill(opened: Graphs, case: Case, keep: NDArray[np.bool_], features: NDArray[Any]) -> None:
     """Feed a prompt with the kept windows to the decoder, until its first token."""
     ids = prompt_ids(opened.config, keep)
-    groups = np.where(np.isin(ids, opened.config.tokens.visual), 0, -1).astype(np.int32)
+    groups = visual_groups(ids, opened.config.tokens.visual)
 
     def first_token() -> decoder.Continuation:
         return decoder.generate(

@@ -182,25 +182,21 @@ class _Comparison:
     def run(self) -> None:
         import torch
 
-        with torch.no_grad():
-            oracle = self.model.encode(torch.from_numpy(self.frames), self.ratio)
-        keep = oracle.keep.numpy()
+        frames = torch.from_numpy(self.frames)
         clip = self.session.encode(self.frames, self.ratio)
-        if oracle.scores is not None:
-            assert clip.scores is not None
-            scores = oracle.scores.numpy()
-            self._compare("scores", clip.scores, scores)
-            self._compare_windows(clip.keep, keep, scores, clip.scores)
+        chosen, bundle_scores = None, None
+        if clip.scores is not None:
+            with torch.no_grad():
+                scores, chosen = self.model.choose(frames, self.ratio)
+            keep = chosen.numpy()
+            self._compare("scores", clip.scores, scores.numpy())
+            self._compare_windows(clip.keep, keep, scores.numpy(), clip.scores)
             if not np.array_equal(clip.keep, keep):
                 clip = self.session.encode(self.frames, keep=keep)
-            with torch.no_grad():
-                oracle = self.model.encode(
-                    torch.from_numpy(self.frames),
-                    self.ratio,
-                    keep=oracle.keep,
-                    scores=torch.from_numpy(clip.scores),
-                )
-        features = oracle.features.numpy()
+            bundle_scores = torch.from_numpy(clip.scores)
+        with torch.no_grad():
+            oracle = self.model.encode(frames, self.ratio, keep=chosen, scores=bundle_scores)
+        keep, features = oracle.keep.numpy(), oracle.features.numpy()
         self._compare("packed_features", clip.features, features)
         masked = self.masked.features(self.frames, keep)
         self._compare("packed_features", masked, features, "packed_features of vision_upper")

@@ -62,12 +62,10 @@ class SttsModel(nn.Module):
         if keep is not None:
             count = int((~keep).sum())
         if vision.pruning:
-            fresh = torch.full((len(frames),), count == 0, device=frames.device)
-            fresh[0] = True
+            fresh = self._fresh(frames, count)
             x = self.vision.before_scoring(frames)
             if scores is None:
-                prev = torch.zeros(1, vision.windows, vision.hidden_size, device=frames.device)
-                scores, _ = self.vision.score(x, fresh, prev)
+                scores = self._score(x, fresh)
             hidden = self.vision.after_scoring(x, scores, fresh)
         else:
             hidden = self.vision.lower_plain(frames)
@@ -82,6 +80,31 @@ class SttsModel(nn.Module):
         bins = windows[plan.gather_window].flatten(1, 2)  # (B, W, G, D) -> (B, W*G, D)
         features = self.vision.upper(bins, plan.segment).flatten(0, 1)[plan.kept_slot]
         return EncodedClip(hidden, scores, keep, features, plan)
+
+    def choose(self, frames: Tensor, prune_ratio: float) -> tuple[Tensor, Tensor]:
+        """Score a clip and select its windows, as `encode` does, without the rest of the tower.
+
+        Args:
+            frames: (T, height, width, 3) uint8 at the model's size.
+            prune_ratio: fraction of windows to remove, in [0, 1).
+
+        Returns:
+            scores (T, W) f32, and keep (T, W) bool.
+        """
+        count = n_prune(self.vision.config.windows, len(frames), prune_ratio)
+        scores = self._score(self.vision.before_scoring(frames), self._fresh(frames, count))
+        return scores, select(scores, count)
+
+    def _fresh(self, frames: Tensor, count: int) -> Tensor:
+        """Frames without predecessor and bias, (T,) bool: all of them when nothing is removed."""
+        fresh = torch.full((len(frames),), count == 0, device=frames.device)
+        fresh[0] = True
+        return fresh
+
+    def _score(self, x: Tensor, fresh: Tensor) -> Tensor:
+        vision = self.vision.config
+        nothing_before = torch.zeros(1, vision.windows, vision.hidden_size, device=x.device)
+        return self.vision.score(x, fresh, nothing_before)[0]
 
     def visual_groups(self, ids: Tensor) -> Tensor:
         """0 for visual tokens, -1 for text; for prompts with one clip. (N, L) to (N, L)."""
