@@ -1,0 +1,66 @@
+# stts_tensorrt: the installed NvInfer.h when there is one of 10.3 or newer, else our own declarations
+# of the same interfaces (trt_plugins/interface). STTS_TENSORRT_CHOICE says which and why.
+
+set(_minimum 10.3)
+set(_usual /usr/include/${CMAKE_SYSTEM_PROCESSOR}-linux-gnu /usr/include
+           /usr/local/tensorrt/include)
+
+function(stts_tensorrt_version folder result)
+    set(_version "")
+    if(EXISTS "${folder}/NvInferVersion.h")
+        file(STRINGS "${folder}/NvInferVersion.h" _lines
+             REGEX "^#define (NV_TENSORRT|TRT)_(MAJOR|MINOR|PATCH)")
+        foreach(_part MAJOR MINOR PATCH)
+            if(NOT "${_lines}" MATCHES "(NV_TENSORRT_${_part}|TRT_${_part}_ENTERPRISE) ([0-9]+)")
+                set(${result} "" PARENT_SCOPE)
+                return()
+            endif()
+            list(APPEND _version "${CMAKE_MATCH_2}")
+        endforeach()
+        list(JOIN _version "." _version)
+    endif()
+    set(${result} "${_version}" PARENT_SCOPE)
+endfunction()
+
+if(TENSORRT_ROOT)
+    find_path(_folder NvInfer.h PATHS "${TENSORRT_ROOT}" PATH_SUFFIXES include NO_CACHE
+              NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH)
+    if(NOT _folder)
+        message(FATAL_ERROR "TENSORRT_ROOT=${TENSORRT_ROOT}: no NvInfer.h in it or in its include/")
+    endif()
+else()
+    find_path(_folder NvInfer.h PATHS ${_usual} NO_CACHE NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH)
+endif()
+
+string(REGEX REPLACE "/+$" "" _folder "${_folder}")
+set(STTS_TENSORRT_INCLUDE "")
+if(_folder)
+    stts_tensorrt_version("${_folder}" _version)
+    if(_version STREQUAL "")
+        set(_problem "${_folder}/NvInfer.h: no version can be read from NvInferVersion.h beside it")
+    elseif(_version VERSION_LESS _minimum)
+        set(_problem "${_folder}/NvInfer.h is TensorRT ${_version}; ${_minimum} or newer is needed")
+    else()
+        set(_problem "")
+        set(STTS_TENSORRT_INCLUDE "${_folder}")
+        set(STTS_TENSORRT_CHOICE "${_folder}/NvInfer.h (${_version})")
+    endif()
+else()
+    list(JOIN _usual ", " _problem)
+    set(_problem "NvInfer.h not found (looked in ${_problem})")
+endif()
+
+if(NOT STTS_TENSORRT_INCLUDE)
+    if(STTS_REQUIRE_TENSORRT_HEADERS OR (_folder AND TENSORRT_ROOT))
+        message(FATAL_ERROR
+            "${_problem}\nFix: -DTENSORRT_ROOT=FOLDER of TensorRT ${_minimum} or newer")
+    endif()
+    set(STTS_TENSORRT_CHOICE "own declarations (trt_plugins/interface): ${_problem}")
+endif()
+
+add_library(stts_tensorrt INTERFACE)
+if(STTS_TENSORRT_INCLUDE)
+    target_include_directories(stts_tensorrt SYSTEM INTERFACE "${STTS_TENSORRT_INCLUDE}")
+else()
+    target_compile_definitions(stts_tensorrt INTERFACE STTS_OWN_TENSORRT_INTERFACE)
+endif()
