@@ -1,8 +1,9 @@
-"""The contract: inputs and outputs of every graph, with types and symbolic axes.
+"""The contract: inputs and outputs of every graph, with types, symbolic axes and their ranges.
 
 Export, engines and runtime take names from here; nobody retypes one.
-Axes that are names are free at run time: `frames` of a chunk, `bins` of a chunk, `slots` of a bin,
-`patches` = slots * G, `tokens` of a call, `rows` of features, `capacity` of the KV cache.
+Axes that are names are free at run time: `frames` of a chunk (of a clip in select_pack and
+gather_windows), `bins` of a chunk (of a clip in select_pack), `slots` of a bin, `patches` =
+slots * G, `kept` windows, `tokens` of a call, `rows` of features, `capacity` of the KV cache.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class TensorSpec:
     dtype: str
     """NumPy name."""
     shape: tuple[int | str, ...]
+    is_shape: bool = False
+    """Its values decide other tensors' shapes (a "shape tensor" of TensorRT, in host memory)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,20 @@ VISION_UPPER = "vision_upper"
 VISION_UPPER_FRAMES = "vision_upper-frames"
 """Variant of vision_upper without a mask: a row of the batch is one frame's windows."""
 DECODER = "decoder"
+SELECT_PACK = "select_pack"
+"""Selection, packing and gather on the device, by the plugin of `trt_plugins`; no weights."""
+GATHER_WINDOWS = "gather_windows"
+"""Gather of a plan made on the host, for engines without the plugin; no weights."""
+DECOMPOSED = "decomposed"
+"""Variant of a graph in operators of ONNX opset 20, for TensorRT older than 10.15: attention as
+MatMul and Softmax, the cache as a new tensor in place of an update."""
+
+LOWER_CHUNK = 8
+"""Frames per call of vision_lower."""
+UPPER_CHUNK = 8
+"""Bins' worth of windows per call of vision_upper."""
+UPPER_LADDER = (1, 2, 4, 8)
+"""Bins per call where shapes are fixed (CUDA graphs): the smallest step that holds the rest."""
 
 DATA_FILE = "model.onnx.data"
 """Weights of a graph; its variants refer to the same file."""
@@ -52,6 +69,11 @@ def graph_file(name: str) -> str:
     """Where a graph lies below `onnx/`: a variant beside the graph whose weights it shares."""
     graph, _, variant = name.partition("-")
     return f"{graph}/model-{variant}.onnx" if variant else f"{graph}/model.onnx"
+
+
+def variant(graph: str, name: str) -> str:
+    """Name of a graph's variant."""
+    return f"{graph}-{name}"
 
 
 def past_names(layer: int) -> tuple[str, str]:
@@ -65,14 +87,61 @@ def present_names(layer: int) -> tuple[str, str]:
 
 
 def graph_specs(config: ModelConfig, precision: Precision) -> dict[str, GraphSpec]:
-    """All graphs of a model at a precision, by name."""
-    specs = (
-        _vision_lower(config, precision),
-        _vision_upper(config, precision, VISION_UPPER),
+    """All graphs of a model at a precision, by name; a variant follows the graph it varies."""
+    lower = _vision_lower(config, precision)
+    upper = _vision_upper(config, precision, VISION_UPPER)
+    decoder = _decoder(config, precision)
+    specs = [
+        lower,
+        _decomposed(lower),
+        upper,
+        _decomposed(upper),
         _vision_upper(config, precision, VISION_UPPER_FRAMES),
-        _decoder(config, precision),
-    )
+        decoder,
+        _decomposed(decoder),
+    ]
+    if config.vision.pruning is not None:
+        specs += [_select_pack(config, precision), _gather_windows(config, precision)]
     return {spec.name: spec for spec in specs}
+
+
+def _decomposed(spec: GraphSpec) -> GraphSpec:
+    return GraphSpec(variant(spec.name, DECOMPOSED), spec.inputs, spec.outputs)
+
+
+def _select_pack(config: ModelConfig, precision: Precision) -> GraphSpec:
+    vision, dtype = config.vision, ACTIVATION[precision]
+    W, D = vision.windows, vision.hidden_size
+    patches = W * vision.patches_per_window
+    return GraphSpec(
+        SELECT_PACK,
+        (
+            TensorSpec("scores", "float32", ("frames", W)),
+            TensorSpec("hidden", dtype, ("frames", patches, D)),
+            TensorSpec("kept_count", "int64", (1,), is_shape=True),
+        ),
+        (
+            TensorSpec("bins", dtype, ("bins", patches, D)),
+            TensorSpec("segment", "int32", ("bins", W)),
+            TensorSpec("kept_slot", "int32", ("kept",)),
+            TensorSpec("kept_window", "int32", ("kept",)),
+            TensorSpec("bin_count", "int32", ()),
+        ),
+    )
+
+
+def _gather_windows(config: ModelConfig, precision: Precision) -> GraphSpec:
+    vision, dtype = config.vision, ACTIVATION[precision]
+    W, D = vision.windows, vision.hidden_size
+    patches = W * vision.patches_per_window
+    return GraphSpec(
+        GATHER_WINDOWS,
+        (
+            TensorSpec("hidden", dtype, ("frames", patches, D)),
+            TensorSpec("gather_window", "int32", ("bins", W)),
+        ),
+        (TensorSpec("bins", dtype, ("bins", patches, D)),),
+    )
 
 
 def _vision_lower(config: ModelConfig, precision: Precision) -> GraphSpec:
@@ -137,3 +206,72 @@ def _decoder(config: ModelConfig, precision: Precision) -> GraphSpec:
             *(TensorSpec(name, dtype, cache) for i in layers for name in present_names(i)),
         ),
     )
+
+
+@dataclass(frozen=True)
+class Range:
+    """What an engine accepts for one input: shapes, or the values of a shape tensor."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+Profile = dict[str, Range]
+"""An optimisation profile: a range for every input with free axes and every shape tensor."""
+
+
+def profiles(
+    spec: GraphSpec, config: ModelConfig, *, max_frames: int, max_tokens: int
+) -> tuple[Profile, ...]:
+    """Optimisation profiles of a graph; the runtime takes the first that fits a call.
+
+    Args:
+        spec: a graph that engines are built from (all but `vision_upper-frames`).
+        config: the model.
+        max_frames: longest clip.
+        max_tokens: longest sequence.
+    """
+    graph = spec.name.partition("-")[0]
+    clip = max_frames * config.vision.windows
+    lower, upper = min(LOWER_CHUNK, max_frames), min(UPPER_CHUNK, max_frames)
+    rows = min(clip, max_tokens)
+    axes: tuple[dict[str, tuple[int, int, int]], ...]
+    if graph == VISION_LOWER:
+        axes = ({"frames": (1, lower, lower)},)
+    elif graph == VISION_UPPER:
+        axes = ({"bins": (1, upper, upper)},)
+    elif graph == SELECT_PACK:
+        axes = ({"frames": (1, max_frames, max_frames), "kept_count": (1, (clip + 1) // 2, clip)},)
+    elif graph == GATHER_WINDOWS:
+        axes = ({"frames": (1, max_frames, max_frames), "bins": (1, upper, upper)},)
+    else:
+        capacity = (1, max_tokens, max_tokens)
+        half = (max_tokens + 1) // 2
+        axes = (
+            {"tokens": (1, 1, 1), "rows": (1, 1, 1), "capacity": capacity},
+            {
+                "tokens": (1, half, max_tokens),
+                "rows": (1, (rows + 1) // 2, rows),
+                "capacity": capacity,
+            },
+        )
+    return tuple(
+        {
+            tensor.name: _range(tensor, free)
+            for tensor in spec.inputs
+            if tensor.is_shape or any(isinstance(axis, str) for axis in tensor.shape)
+        }
+        for free in axes
+    )
+
+
+def _range(tensor: TensorSpec, free: dict[str, tuple[int, int, int]]) -> Range:
+    if tensor.is_shape:
+        low, opt, high = free[tensor.name]
+        return Range((low,), (opt,), (high,))
+    low_shape, opt_shape, high_shape = (
+        tuple(axis if isinstance(axis, int) else free[axis][i] for axis in tensor.shape)
+        for i in range(3)
+    )
+    return Range(low_shape, opt_shape, high_shape)

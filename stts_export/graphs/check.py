@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stts_export.engines import onnxruntime
+from stts_export.engines.plugin import PLUGIN_NAME
 from stts_export.errors import VerificationError
 from stts_export.graphs.modules import module_for
 from stts_export.model.pruning import n_prune, pack, select
@@ -20,6 +22,9 @@ from stts_export.probe import moving_clip
 from stts_export.tensors import (
     ACTIVATION,
     DECODER,
+    DECOMPOSED,
+    GATHER_WINDOWS,
+    SELECT_PACK,
     VISION_LOWER,
     VISION_UPPER_FRAMES,
     GraphSpec,
@@ -36,15 +41,25 @@ _PRUNE_RATIO = 0.5
 def check_graph(spec: GraphSpec, precision: Precision, file: Path, model: SttsModel) -> None:
     """Compare a graph with the fp32 PyTorch model at several shapes.
 
+    `gather_windows` is compared with NumPy. `select_pack` is one node that only TensorRT with the
+    plugin can run: what is checked is that it has the contract's tensors in their order.
+
     Raises:
         VerificationError: an output is further away than `tolerances` allows.
     """
+    if spec.name == SELECT_PACK:
+        _check_plugin_node(spec, file)
+        return
     runner = onnxruntime.open_graph(file)
+    if spec.name == GATHER_WINDOWS:
+        _check_gather(spec, runner, model)
+        return
+    graph, _, variant = spec.name.partition("-")
     with torch.no_grad():
-        if spec.name == DECODER:
+        if graph == DECODER:
             _check_decoder(spec, precision, runner, model)
             return
-        module = module_for(spec.name, model)
+        module = module_for(graph if variant == DECOMPOSED else spec.name, model)
         for inputs in _cases(spec, model):
             given = {t.name: inputs[t.name].numpy().astype(t.dtype) for t in spec.inputs}
             outputs = module(*(inputs[tensor.name] for tensor in spec.inputs))
@@ -74,14 +89,50 @@ def _compare(
         )
 
 
+def _check_plugin_node(spec: GraphSpec, file: Path) -> None:
+    nodes = [
+        (node.op_type, [v and v.name for v in node.inputs], [v.name for v in node.outputs])
+        for node in ir.load(file).graph
+    ]
+    inputs, outputs = ([tensor.name for tensor in side] for side in (spec.inputs, spec.outputs))
+    if nodes != [(PLUGIN_NAME, inputs, outputs)]:
+        raise VerificationError(
+            f"has {nodes}",
+            where=spec.name,
+            allowed=f"one {PLUGIN_NAME} from {inputs} to {outputs}",
+            fix="report this export",
+        )
+
+
+def _check_gather(spec: GraphSpec, runner: onnxruntime.Runner, model: SttsModel) -> None:
+    rng = np.random.default_rng(_SEED)
+    vision = model.config.vision
+    W, D = vision.windows, vision.hidden_size
+    hidden = rng.standard_normal((_FRAMES, W * vision.patches_per_window, D))
+    hidden = hidden.astype(spec.inputs[0].dtype)
+    plan = rng.integers(0, _FRAMES * W, (_FRAMES - 2, W), dtype=np.int32)
+    got = runner({"hidden": hidden, "gather_window": plan})["bins"]
+    expected = hidden.reshape(_FRAMES * W, -1)[plan].reshape(len(plan), -1, D)
+    if not np.array_equal(got, expected):
+        raise VerificationError(
+            f"bins {got.shape} are other windows than the plan says",
+            where=spec.name,
+            allowed="exactly the gathered rows",
+            fix="report this export",
+        )
+
+
 def _cases(spec: GraphSpec, model: SttsModel) -> Iterator[dict[str, Tensor]]:
+    """Inputs of several sizes; of a decomposed form one, as its original has passed them all."""
     generator = torch.Generator().manual_seed(_SEED)
+    graph, _, variant = spec.name.partition("-")
+    first = -1 if variant == DECOMPOSED else 0
     vision = model.config.vision
     W, G = vision.windows, vision.patches_per_window
     frames = torch.from_numpy(moving_clip(_FRAMES, vision.image_size))
-    if spec.name == VISION_LOWER:
+    if graph == VISION_LOWER:
         prev = torch.zeros(1, W, vision.hidden_size)
-        for start, stop in ((0, 1), (0, _FRAMES), (2, 4)):
+        for start, stop in ((0, 1), (0, _FRAMES), (2, 4))[first:]:
             fresh = torch.arange(start, stop) == 0
             if vision.pruning and start > 0:
                 before = model.vision.before_scoring(frames[start - 1 : start])
@@ -96,7 +147,7 @@ def _cases(spec: GraphSpec, model: SttsModel) -> Iterator[dict[str, Tensor]]:
     scores = torch.rand(_FRAMES, W, generator=generator)
     plan = pack(select(scores, n_prune(W, _FRAMES, _PRUNE_RATIO)))
     bins = hidden.unflatten(1, (W, G)).flatten(0, 1)[plan.gather_window].flatten(1, 2)
-    for count in sorted({1, len(bins)}):
+    for count in sorted({1, len(bins)})[first:]:
         yield {"bins": bins[:count], "segment": plan.segment[:count]}
 
 

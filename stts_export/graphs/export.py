@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,14 @@ from torch import Tensor, nn
 from stts_export.errors import VerificationError
 from stts_export.graphs.check import check_graph
 from stts_export.graphs.modules import at_precision, module_for
+from stts_export.graphs.packing import packing_graph
+from stts_export.graphs.rewrites import decompose
 from stts_export.model.vlm import SttsModel
 from stts_export.tensors import (
     DECODER,
+    DECOMPOSED,
+    GATHER_WINDOWS,
+    SELECT_PACK,
     VISION_UPPER_FRAMES,
     GraphSpec,
     Precision,
@@ -36,7 +42,7 @@ def export_graph(model: SttsModel, graph: str, precision: Precision, folder: Pat
     """Write a graph and compare it with PyTorch.
 
     Weights go to external data; those of a variant are the graph's that it varies, which must have
-    been written to `folder` before.
+    been written to `folder` before. `select_pack` and `gather_windows` have none.
 
     Args:
         model: fp32, in evaluation mode.
@@ -48,23 +54,38 @@ def export_graph(model: SttsModel, graph: str, precision: Precision, folder: Pat
         The file that was written.
 
     Raises:
-        VerificationError: the graph's interface or its results differ from the model's.
+        VerificationError: the graph's interface or its results differ from the model's, or it has
+            no form that its targets can run.
     """
     spec = graph_specs(model.config, precision)[graph]
     file = folder / graph_file(graph)
     file.parent.mkdir(parents=True, exist_ok=True)
-    module = at_precision(module_for(graph, model), precision)
+    _write(model, spec, precision, file)
+    onnx.checker.check_model(file, full_check=True)
+    check_graph(spec, precision, file, model)
+    return file
+
+
+def _write(model: SttsModel, spec: GraphSpec, precision: Precision, file: Path) -> None:
+    graph, _, variant = spec.name.partition("-")
+    original = file.with_name("model.onnx")
+    if graph in (SELECT_PACK, GATHER_WINDOWS):
+        ir.save(packing_graph(spec, model.config.vision), file)
+        return
+    if variant == DECOMPOSED:
+        decomposed = ir.load(original)
+        decompose(decomposed, graph, model.config)
+        ir.save(decomposed, file)
+        return
+    module = at_precision(module_for(spec.name, model), precision)
     program = _trace(module, spec, model.config.vision.patches_per_window)
     _name_axes(program.model.graph, spec)
     _drop_metadata(program.model.graph)
-    original = file.with_name("model.onnx")
     if file == original:
         program.save(file, external_data=True)
     else:
         _refer_to_weights(program.model.graph, original)
         ir.save(program.model, file)
-    check_graph(spec, precision, file, model)
-    return file
 
 
 def _refer_to_weights(graph: ir.Graph, original: Path) -> None:
