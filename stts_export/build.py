@@ -1,39 +1,64 @@
-"""Checkpoint in, bundle out. Every stage can be rerun alone; an interrupted build resumes."""
+"""Checkpoint or bundle in, bundle out: graphs, and engines of the back ends that were asked for.
+
+Work is kept stage by stage; an interrupted build resumes.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stts_export._version import __version__
+from stts_export.build_folder import (
+    LOCK,
+    STAMP,
+    check_apart,
+    check_name,
+    check_paths,
+    locked,
+    prepare,
+    publish,
+    readable_disk_errors,
+)
 from stts_export.bundle import (
     CONFIG_FOLDER,
     GRAPH_FOLDER,
     MANIFEST,
+    ONNXRUNTIME,
+    Bundle,
     Limits,
     Manifest,
     is_bundle,
     list_files,
 )
-from stts_export.errors import InputError, MissingDependencyError
-from stts_export.files import check_utf8, readable_size, write_json
+from stts_export.config import ModelConfig
+from stts_export.engines import tensorrt, tensorrt_rtx
+from stts_export.engines.engine_build import (
+    FIXED,
+    EngineSpec,
+    Target,
+    engine_specs,
+    engines_from_graphs,
+)
+from stts_export.engines.engine_set import ENGINE_FOLDER, TIMING_CACHE
+from stts_export.errors import InputError, MissingDependencyError, VerificationError
+from stts_export.files import readable_size
 from stts_export.preprocessing import video_preprocessing
 from stts_export.runtime.prompt import PromptBuilder
 from stts_export.tensors import (
+    DECODER,
     PRECISIONS,
     Precision,
     graph_file,
     graph_specs,
+    variant,
 )
 
 if TYPE_CHECKING:
@@ -41,11 +66,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = (ONNXRUNTIME, tensorrt.NAME, tensorrt_rtx.NAME)
 DEFAULT_MAX_FRAMES = 64
 
-# In the working folder only: what is being built, and the lock of the build that does it.
-_STAMP, _LOCK = "build.json", "build.lock"
 _EXPORTER = (
     "torch", "safetensors", "onnx", "onnxscript", "onnx_ir", "ml_dtypes", "onnxruntime",
 )  # fmt: skip
@@ -57,23 +80,38 @@ _CONFIG_FILES = (
     "training.json", "LICENSE", "LICENSE.txt", "LICENSE.md",
 )  # fmt: skip
 _BYTES = {"fp32": 4, "fp16": 2}
+_ENGINE_CODE = 50_000_000
+"""Bytes that the engines of a target need beside their weights, at most."""
 
 OnStage = Callable[[str, int, int], None]
-"""(stage, number, of how many), called when a stage begins."""
+"""(what is done, number, of how many), called when a stage begins."""
+OnProgress = Callable[[str, int, int], None]
+"""(engine, percent that is done, 100), called while an engine is built."""
 
 
 @dataclass(frozen=True)
 class BuildSpec:
     """What to build."""
 
-    precision: Precision = "fp32"
+    precision: Precision | None = None
+    """fp32 when None; a bundle's own when built from a bundle."""
     max_frames: int | None = None
     """Longest clip in frames; the checkpoint's own `num_frames`, or 64, when None."""
-    min_prune_ratio: float = 0.0
-    backends: tuple[str, ...] = ("onnxruntime",)
+    max_tokens: int | None = None
+    """Longest sequence; the model's longest when None. Engines hold a cache of this length."""
+    min_prune_ratio: float | None = None
+    """Lowest ratio that the bundle accepts; 0, or a bundle's own, when None."""
+    backends: tuple[str, ...] = (ONNXRUNTIME,)
+    """The first is what the bundle runs on by default. ONNX Runtime is always among the targets."""
+    targets: tuple[str, ...] = ()
+    """GPUs to build engines for, such as sm89; this machine's when empty."""
+    memory_limit: int | None = None
+    """Device memory that an engine may use for temporary results of a layer, in bytes."""
+    plugin: Path | None = None
+    """See `engines.plugin.find_plugin`."""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
+        if self.precision not in (None, *PRECISIONS):
             raise InputError(
                 f"precision {self.precision!r}", where="build", allowed=" or ".join(PRECISIONS)
             )
@@ -84,8 +122,27 @@ class BuildSpec:
                 raise InputError(
                     f"back end {backend!r}", where="build", allowed=" or ".join(BACKENDS)
                 )
-        if self.max_frames is not None and self.max_frames < 1:
-            raise InputError(f"max_frames is {self.max_frames}", where="build", allowed="1 or more")
+        for name in ("max_frames", "max_tokens", "memory_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}", where="build", allowed="1 or more")
+        self._check_engine_options()
+
+    def _check_engine_options(self) -> None:
+        """Refuse options that no back end would use."""
+        engines = {tensorrt.NAME, tensorrt_rtx.NAME}
+        given = (
+            ("target", ", ".join(self.targets), engines),
+            ("memory limit", self.memory_limit, engines),
+            ("plugin", self.plugin, {tensorrt.NAME}),
+        )
+        for name, value, users in given:
+            if value and not users & set(self.backends):
+                raise InputError(
+                    f"{name} {value} is of no use to {', '.join(self.backends)}",
+                    where="build",
+                    fix=f"add --backend {' or '.join(sorted(users))}, or leave it out",
+                )
 
 
 def bundle_from_checkpoint(
@@ -95,11 +152,12 @@ def bundle_from_checkpoint(
     *,
     force: bool = False,
     on_stage: OnStage | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Path:
     """Build a bundle.
 
-    Work happens in `output` + ".partial", which keeps finished graphs and is renamed when all is
-    done; a rerun with the same arguments goes on from there.
+    Work happens in `output` + ".partial", which keeps finished graphs and engines and is renamed
+    when all is done; a rerun with the same arguments goes on from there.
 
     Args:
         checkpoint: see `checkpoint.open_checkpoint`.
@@ -107,24 +165,26 @@ def bundle_from_checkpoint(
         spec: what to build.
         force: replace an existing bundle.
         on_stage: called when a stage begins.
+        on_progress: called while an engine is built.
 
     Raises:
-        InputError: the checkpoint, the output or the free disk space is at fault, or another build
-            is writing the same bundle.
+        InputError: the checkpoint, the output or the free disk space is at fault, another build
+            is writing the same bundle, a target does not fit, or an engine cannot be built.
         VerificationError: a graph differs from the checkpoint.
-        MissingDependencyError: torch, onnx or onnxruntime is not installed.
+        MissingDependencyError: torch, onnx, onnxruntime or what a back end needs is missing.
     """
     spec = spec or BuildSpec()
-    _check_name(output)
+    check_name(output)
     partial = output.with_name(output.name + ".partial")
-    with _readable_disk_errors(checkpoint, partial):
-        _check_apart(output, [checkpoint])
-        _check_paths(output, force)
+    with readable_disk_errors(checkpoint, partial):
+        check_apart(output, [checkpoint], "checkpoint")
+        check_paths(output, force)
         if is_bundle(checkpoint):
             raise InputError(
                 "is a bundle already",
                 where=str(checkpoint),
                 allowed="a checkpoint folder; a bundle runs on ONNX Runtime as it is",
+                fix="to add engines to it, use `bundle_from_bundle`",
             )
         _check_exporter()
         from stts_export.checkpoint import check_tensors, open_checkpoint
@@ -132,45 +192,221 @@ def bundle_from_checkpoint(
         source = open_checkpoint(checkpoint)
         check_tensors(source)
         _check_tokenizer(source)
-        limits = _limits(source, spec)
-    with _readable_disk_errors(source.folder, partial):
-        _check_apart(output, [source.folder, *source.file_of.values()])
-        _check_space(partial, source, spec)
-        partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
-            _prepare(partial, source, spec)
-            graphs_from_checkpoint(source, partial, spec, on_stage)
+        plan = _plan(source.config, spec.precision or "fp32", _limits(source, spec), spec)
+    with readable_disk_errors(source.folder, partial):
+        check_apart(output, [source.folder, *source.file_of.values()], "checkpoint")
+        stored = sum(path.stat().st_size for path in set(source.file_of.values()))
+        # A checkpoint of 2-byte weights doubles in fp32.
+        graph_bytes = int(stored * (2 if _BYTES[plan.precision] == 4 else 1) * 1.3)
+        _check_space(partial, plan, graph_bytes)
+
+        def fill(begin: Callable[[str], None]) -> None:
+            graphs_from_checkpoint(source, partial, plan.precision, begin)
             _copy_config(source.folder, partial / CONFIG_FOLDER)
-            manifest = _manifest(source, partial, spec, limits)
-            (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            _publish(partial, output, force)
+
+        def manifest() -> Manifest:
+            return _manifest(source, partial, plan)
+
+        stamp = {**_fingerprint(spec, plan), "files": _stats(source)}
+        stages = [f"{stage}{_EXPORT}" for stage in _export_stages(source, plan.precision)]
+        work = _Work(output, partial, plan, stamp, stages, fill, manifest)
+        _run(work, force, on_stage, on_progress)
     return output
 
 
-def graphs_from_checkpoint(
-    source: Checkpoint, folder: Path, spec: BuildSpec, on_stage: OnStage | None = None
+def bundle_from_bundle(
+    bundle: Path,
+    output: Path,
+    spec: BuildSpec,
+    *,
+    force: bool = False,
+    on_stage: OnStage | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Build engines for other back ends from a bundle's graphs; needs neither torch nor onnx.
+
+    Graphs and configuration are copied and compared with the bundle's hashes; engines that the
+    bundle has are not. See `bundle_from_checkpoint` for how work is kept.
+
+    Args:
+        bundle: folder of a bundle.
+        output: another folder; see `bundle_from_checkpoint`.
+        spec: what to build, within the limits of the bundle.
+        force: replace an existing bundle.
+        on_stage: called when a stage begins.
+        on_progress: called while an engine is built.
+
+    Raises:
+        InputError: the bundle or the output is at fault, the spec asks for what the bundle does
+            not have, a target does not fit, or an engine cannot be built.
+        VerificationError: a file of the bundle was changed.
+        MissingDependencyError: what a back end needs is missing.
+    """
+    check_name(output)
+    partial = output.with_name(output.name + ".partial")
+    with readable_disk_errors(bundle, partial):
+        check_apart(output, [bundle], "bundle")
+        check_paths(output, force)
+        source = Bundle.open(bundle)
+        if set(spec.backends) == {ONNXRUNTIME}:
+            raise InputError(
+                "nothing to build: a bundle runs on ONNX Runtime as it is",
+                where=str(bundle),
+                fix=f"name a back end: --backend {tensorrt.NAME} or {tensorrt_rtx.NAME}",
+            )
+        limits = _narrowed(source, spec)
+        plan = _plan(source.config, source.manifest.precision, limits, spec, bundle)
+        files = _copied_files(source)
+        _check_space(partial, plan, sum(entry["size"] for entry in files.values()))
+
+        def fill(begin: Callable[[str], None]) -> None:
+            begin(_COPY)
+            _copy_files(source, partial, files, plan)
+
+        def manifest() -> Manifest:
+            return _manifest_of_copy(source, partial, files, plan)
+
+        stamp = {**_fingerprint(spec, plan), "files": files}
+        work = _Work(output, partial, plan, stamp, [_COPY], fill, manifest)
+        _run(work, force, on_stage, on_progress)
+    return output
+
+
+_EXPORT = ": export and compare with PyTorch"
+_COPY = "copy the graphs"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is built, with nothing left open."""
+
+    config: ModelConfig
+    precision: Precision
+    limits: Limits
+    targets: tuple[Target, ...]
+    manifest_targets: tuple[str, ...]
+    memory_limit: int | None
+
+    @property
+    def engines(self) -> EngineSpec:
+        return EngineSpec(
+            self.config,
+            self.precision,
+            self.limits.max_frames,
+            self.limits.max_tokens,
+            self.memory_limit,
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One build: where, what, and the two steps in which checkpoints and bundles differ."""
+
+    output: Path
+    partial: Path
+    plan: _Plan
+    stamp: dict[str, Any]
+    stages: list[str]
+    """Before the engines."""
+    fill: Callable[[Callable[[str], None]], None]
+    """Write graphs and configuration; gets what to call when a stage begins."""
+    manifest: Callable[[], Manifest]
+
+
+def _plan(
+    config: ModelConfig,
+    precision: Precision,
+    limits: Limits,
+    spec: BuildSpec,
+    bundle: Path | None = None,
+) -> _Plan:
+    """Find out before the work whether every target can be built."""
+    targets: list[Target] = []
+    names: list[str] = []
+    for backend in dict.fromkeys(spec.backends):
+        if backend == ONNXRUNTIME:
+            names.append(backend)
+            continue
+        if backend == tensorrt_rtx.NAME:
+            found = tensorrt_rtx.targets(spec.targets)
+        else:
+            prunes = config.vision.pruning is not None
+            found = tensorrt.targets(spec.targets, prunes=prunes, plugin=spec.plugin, bundle=bundle)
+        targets += found
+        names += [target.folder for target in found]
+    if ONNXRUNTIME not in names:
+        names.append(ONNXRUNTIME)
+    return _Plan(config, precision, limits, tuple(targets), tuple(names), spec.memory_limit)
+
+
+def _run(
+    work: _Work, force: bool, on_stage: OnStage | None, on_progress: OnProgress | None
 ) -> None:
-    """Export and check the graphs that are not in `folder` yet."""
+    """Fill the working folder, build the engines, publish."""
+    engines = [
+        f"{name} for {target.backend} {target.name}"
+        for target in work.plan.targets
+        for name in engine_specs(target, work.plan.engines)
+    ]
+    stages = [*work.stages, *(f"build {engine}" for engine in engines)]
+
+    def begin(stage: str) -> None:
+        if on_stage:
+            on_stage(stage, stages.index(stage) + 1, len(stages))
+
+    def progress(engine: str, fraction: float) -> None:
+        if on_progress:
+            on_progress(engine, int(100 * fraction), 100)
+
+    partial = work.partial
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        prepare(partial, work.stamp)
+        work.fill(begin)
+        for target in work.plan.targets:
+            engines_from_graphs(partial, target, work.plan.engines, begin, progress)
+        (partial / MANIFEST).write_text(work.manifest().to_json(), encoding="utf-8")
+        publish(partial, work.output, force)
+
+
+def _export_stages(source: Checkpoint, precision: Precision) -> dict[str, list[str]]:
+    """Graphs by the folder that they lie in, a stage each."""
+    stages: dict[str, list[str]] = {}
+    for name in graph_specs(source.config, precision):
+        stages.setdefault(Path(graph_file(name)).parent.name, []).append(name)
+    return stages
+
+
+def graphs_from_checkpoint(
+    source: Checkpoint,
+    folder: Path,
+    precision: Precision,
+    begin: Callable[[str], None] | None = None,
+) -> None:
+    """Export and check the graphs that are not in `folder` yet.
+
+    Args:
+        source: the checkpoint.
+        folder: bundle, or the working folder of one.
+        precision: type of weights and activations.
+        begin: called when the export of a graph and its variants begins.
+    """
     from stts_export.checkpoint import model_from_checkpoint
     from stts_export.graphs.export import export_graph
 
-    stages: dict[str, list[str]] = {}
-    for name in graph_specs(source.config, spec.precision):
-        stages.setdefault(Path(graph_file(name)).parent.name, []).append(name)
+    stages = _export_stages(source, precision)
     graphs = folder / GRAPH_FOLDER
     todo = [stage for stage in stages if not (graphs / stage).is_dir()]
     if not todo:
         return
     model = model_from_checkpoint(source)
     unfinished = graphs / "unfinished"
-    for number, stage in enumerate(stages, start=1):
-        if stage not in todo:
-            continue
-        if on_stage:
-            on_stage(stage, number, len(stages))
+    for stage in todo:
+        if begin:
+            begin(f"{stage}{_EXPORT}")
         shutil.rmtree(unfinished, ignore_errors=True)
         for name in stages[stage]:
-            export_graph(model, name, spec.precision, unfinished)
+            export_graph(model, name, precision, unfinished)
         os.replace(unfinished / stage, graphs / stage)
     unfinished.rmdir()
 
@@ -188,152 +424,28 @@ def _check_exporter() -> None:
         ) from None
 
 
-def _check_name(output: Path) -> None:
-    check_utf8(output)
-    if output.name in ("", ".."):
-        raise InputError(
-            "is not the name of a new folder", where=str(output), allowed="a name, such as bundle"
-        )
-
-
-def _check_apart(output: Path, read: Iterable[Path]) -> None:
-    """Refuse to write where the checkpoint is read from."""
-    for folder in (output, output.with_name(output.name + ".partial")):
-        target = Path(os.path.realpath(folder))
-        for path in read:
-            real = Path(os.path.realpath(path))
-            if target.is_relative_to(real) or real.is_relative_to(target):
-                raise InputError(
-                    f"overlaps the checkpoint ({path})",
-                    where=str(folder),
-                    fix="choose an output outside the checkpoint",
-                )
-
-
-def _check_paths(output: Path, force: bool) -> None:
-    """Refuse an output that cannot be written, or whose writing would remove what is not ours."""
-    _check_output(output, force)
-    partial = output.with_name(output.name + ".partial")
-    if os.path.lexists(partial) and not _is_working_folder(partial):
-        raise InputError(
-            "exists and is not an unfinished build",
-            where=str(partial),
-            fix="move it away, or choose another output",
-        )
-    _old_name(output).exists()  # OSError when the name is too long
-    parent = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir():
-        raise InputError("is not a folder", where=str(parent), fix="choose another output")
-
-
-def _check_output(output: Path, force: bool) -> None:
-    if not os.path.lexists(output):
-        return
-    if output.is_symlink() or not is_bundle(output):
-        kind = "a symbolic link" if output.is_symlink() else "not a bundle"
-        raise InputError(
-            f"exists already and is {kind}; only bundles are ever replaced",
-            where=str(output),
-            fix="choose another name",
-        )
-    if not force:
-        raise InputError(
-            "exists already",
-            where=str(output),
-            fix="choose another name, or add --force to replace the bundle",
-        )
-
-
-def _is_working_folder(partial: Path) -> bool:
-    """Whether a folder was made by a build of ours: it holds the stamp, or nothing of a user's."""
-    if partial.is_symlink() or not partial.is_dir():
-        return False
-    names = {path.name for path in partial.iterdir()}
-    return _STAMP in names or names <= {_LOCK, f"{_STAMP}.partial"}
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Keep other builds out of the working folder; the lock goes with the process."""
-    path = partial / _LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, the build that held the lock may have finished.
-            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        if not held:
-            raise InputError(
-                "another build is writing here",
-                where=str(partial),
-                fix="wait for it, or choose another output",
-            )
-        yield
-
-
-def _publish(partial: Path, output: Path, force: bool) -> None:
-    """Give the working folder its final name; an existing bundle goes when that is done."""
-    _check_output(output, force)  # it may have appeared during the build
-    replaces = output.exists()
-    old = _old_name(output)
-    try:
-        if replaces:
-            output.rename(old)
-        partial.rename(output)
-    except BaseException:
-        if replaces and not output.exists():
-            old.rename(output)
-        raise
-    for name in (_STAMP, _LOCK):
-        (output / name).unlink(missing_ok=True)
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
-        if old.exists():
-            log.warning("%s, the bundle before, could not be removed", old)
-
-
-def _old_name(output: Path) -> Path:
-    return output.with_name(f"{output.name}.old-{os.getpid()}")
-
-
-def _fingerprint(source: Checkpoint, spec: BuildSpec) -> dict[str, object]:
-    files = sorted({*source.file_of.values(), source.folder / "config.json"})
+def _fingerprint(spec: BuildSpec, plan: _Plan) -> dict[str, Any]:
+    """What a rerun must have in common to go on from what is there."""
+    plugins = {target.plugin for target in plan.targets if target.plugin}
     return {
         "stts_export": __version__,
-        "spec": asdict(spec),
-        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        "spec": {**asdict(spec), "plugin": str(spec.plugin)},
+        "targets": [[target.folder, target.version] for target in plan.targets],
+        "plugins": [[str(path), path.stat().st_mtime_ns] for path in sorted(plugins)],
     }
 
 
-def _prepare(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
-    """Make the working folder, or keep one that an equal build left unfinished."""
-    stamp = json.loads(json.dumps(_fingerprint(source, spec)))
-    try:
-        resumable = json.loads((partial / _STAMP).read_text(encoding="utf-8")) == stamp
-    except (OSError, ValueError):
-        resumable = False
-    if not resumable:
-        write_json(partial / _STAMP, {})  # ours, and nothing to go on from
-        _empty(partial)
-    (partial / GRAPH_FOLDER).mkdir(exist_ok=True)
-    write_json(partial / _STAMP, stamp)
+def _stats(source: Checkpoint) -> dict[str, list[int]]:
+    files = sorted({*source.file_of.values(), source.folder / "config.json"})
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
-def _empty(partial: Path) -> None:
-    """Remove what another build left."""
-    for path in partial.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name not in (_STAMP, _LOCK):
-            path.unlink()
+def _check_space(partial: Path, plan: _Plan, graph_bytes: int) -> None:
+    """Refuse before hours are spent; an upper bound from the size of the graphs.
 
-
-def _check_space(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
-    """Refuse before hours are spent; an upper bound from the checkpoint's size."""
-    stored = sum(path.stat().st_size for path in set(source.file_of.values()))
-    # A checkpoint of 2-byte weights doubles in fp32.
-    needed = int(stored * (2 if _BYTES[spec.precision] == 4 else 1) * 1.3)
+    A set of engines is about as large as the graphs: both are weights for the most part.
+    """
+    needed = graph_bytes * (1 + len(plan.targets)) + _ENGINE_CODE * len(plan.targets)
     done = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     folder = next(folder for folder in partial.absolute().parents if folder.exists())
     free = shutil.disk_usage(folder).free
@@ -346,36 +458,118 @@ def _check_space(partial: Path, source: Checkpoint, spec: BuildSpec) -> None:
         )
 
 
-@contextmanager
-def _readable_disk_errors(source: Path, partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:  # of the terminal, not of a file
-        raise
-    except OSError as error:
-        file = error.filename if isinstance(error.filename, str) else str(partial)
-        problem = error.strerror or str(error)
-        if Path(os.path.abspath(file)).is_relative_to(os.path.abspath(source)):
-            raise InputError(f"cannot be read: {problem}", where=file) from error
-        done = f", then rerun: {partial} keeps what is done" if os.path.isdir(partial) else ""
-        raise InputError(
-            f"cannot be written: {problem}",
-            where=file,
-            fix=f"free space or choose another folder{done}",
-        ) from error
-
-
-def _manifest(source: Checkpoint, folder: Path, spec: BuildSpec, limits: Limits) -> Manifest:
+def _manifest(source: Checkpoint, folder: Path, plan: _Plan) -> Manifest:
     return Manifest(
         has_scorer=source.has_scorer,
-        precision=spec.precision,
-        limits=limits,
-        graphs=tuple(graph_specs(source.config, spec.precision)),
-        targets=spec.backends,
+        precision=plan.precision,
+        limits=plan.limits,
+        graphs=tuple(graph_specs(source.config, plan.precision)),
+        targets=plan.manifest_targets,
         source=source.folder.name,
-        tool_versions={name: version(name) for name in ("torch", "onnx", "onnxscript")},
+        tool_versions={
+            **{name: version(name) for name in ("torch", "onnx", "onnxscript")},
+            **_engine_tools(plan),
+        },
         licences=_licences(source.folder),
-        files=list_files(folder, ignore=(_STAMP, _LOCK)),
+        files=list_files(folder, ignore=(STAMP, LOCK)),
+    )
+
+
+def _engine_tools(plan: _Plan) -> dict[str, str]:
+    return {target.backend: target.version for target in plan.targets}
+
+
+def _manifest_of_copy(
+    source: Bundle, folder: Path, copied: dict[str, dict[str, Any]], plan: _Plan
+) -> Manifest:
+    """Make the manifest; refuse files that are not what the source's manifest says."""
+    files = list_files(folder, ignore=(STAMP, LOCK))
+    for name, entry in copied.items():
+        if files[name] != entry:
+            raise VerificationError(
+                "was changed after the build (its SHA-256 differs from the manifest)",
+                where=str(source.folder / name),
+                fix="copy the bundle again, or build it again with `stts-export build`",
+            )
+    tools = {k: v for k, v in source.manifest.tool_versions.items() if k not in BACKENDS}
+    return replace(
+        source.manifest,
+        limits=plan.limits,
+        targets=plan.manifest_targets,
+        tool_versions={**tools, **_engine_tools(plan)},
+        files=files,
+        stts_export=__version__,
+    )
+
+
+def _copied_files(source: Bundle) -> dict[str, dict[str, Any]]:
+    """Graphs and configuration; a decoder of fixed capacity belongs to the engines."""
+    fixed = f"{GRAPH_FOLDER}/{graph_file(variant(DECODER, FIXED))}"
+    folders = (f"{GRAPH_FOLDER}/", f"{CONFIG_FOLDER}/")
+    return {
+        name: entry
+        for name, entry in source.manifest.files.items()
+        if name.startswith(folders) and name != fixed
+    }
+
+
+def _copy_files(
+    source: Bundle, partial: Path, files: dict[str, dict[str, Any]], plan: _Plan
+) -> None:
+    """Copy what is not there yet, and times measured before for the same targets.
+
+    Real copies: a hard link would let a change of one bundle damage the other, and `onnx` refuses
+    weights with several links.
+    """
+    for name in files:
+        _copy(source.folder / name, partial / name)
+    for target in plan.targets:
+        cache = f"{ENGINE_FOLDER}/{target.folder}/{TIMING_CACHE}"
+        if cache in source.manifest.files:
+            _copy(source.folder / cache, partial / cache)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, unfinished)
+    os.replace(unfinished, target)
+
+
+def _narrowed(source: Bundle, spec: BuildSpec) -> Limits:
+    """Limits of a bundle that is built from a bundle: the same or narrower."""
+    own, where = source.manifest.limits, str(source.folder)
+    if spec.precision not in (None, source.manifest.precision):
+        raise InputError(
+            f"precision {spec.precision}, but the bundle's graphs are {source.manifest.precision}",
+            where=where,
+            fix=f"leave --precision out, or build {spec.precision} from the checkpoint",
+        )
+    for name in ("max_frames", "max_tokens"):
+        asked, most = getattr(spec, name), getattr(own, name)
+        if asked is not None and asked > most:
+            raise InputError(
+                f"{name} is {asked}",
+                where=where,
+                allowed=f"up to {most}, the bundle's limit",
+                fix="leave it out, or build a new bundle from the checkpoint",
+            )
+    if spec.min_prune_ratio is not None and spec.min_prune_ratio < own.min_prune_ratio:
+        raise InputError(
+            f"min_prune_ratio is {spec.min_prune_ratio:g}",
+            where=where,
+            allowed=f"{own.min_prune_ratio:g} or more, the bundle's limit",
+            fix="leave it out, or build a new bundle from the checkpoint",
+        )
+    return Limits(
+        max_frames=spec.max_frames or own.max_frames,
+        max_tokens=spec.max_tokens or own.max_tokens,
+        min_prune_ratio=own.min_prune_ratio
+        if spec.min_prune_ratio is None
+        else spec.min_prune_ratio,
+        max_fps=own.max_fps,
     )
 
 
@@ -391,10 +585,17 @@ def _check_tokenizer(source: Checkpoint) -> None:
 
 def _limits(source: Checkpoint, spec: BuildSpec) -> Limits:
     video = video_preprocessing(source.folder, source.config.vision)
+    longest = source.config.text.max_position_embeddings
+    if spec.max_tokens is not None and spec.max_tokens > longest:
+        raise InputError(
+            f"max_tokens is {spec.max_tokens}",
+            where="build",
+            allowed=f"up to {longest}, the checkpoint's max_position_embeddings",
+        )
     return Limits(
         max_frames=spec.max_frames or video.num_frames or DEFAULT_MAX_FRAMES,
-        max_tokens=source.config.text.max_position_embeddings,
-        min_prune_ratio=spec.min_prune_ratio,
+        max_tokens=spec.max_tokens or longest,
+        min_prune_ratio=spec.min_prune_ratio or 0.0,
         max_fps=video.max_fps,
     )
 

@@ -11,20 +11,34 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stts_export._version import __version__
 from stts_export.config import ModelConfig
+from stts_export.engines.engine_set import ENGINE_FOLDER, ENGINES_FILE, EngineSet
 from stts_export.errors import InputError, VerificationError, did_you_mean
 from stts_export.files import check_utf8, json_object
 from stts_export.preprocessing import DEFAULT_MAX_FPS
-from stts_export.tensors import DATA_FILE, PRECISIONS, Precision, graph_file, graph_specs
+from stts_export.tensors import (
+    DATA_FILE,
+    GATHER_WINDOWS,
+    PRECISIONS,
+    SELECT_PACK,
+    Precision,
+    graph_file,
+    graph_specs,
+)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CONFIG_FOLDER = "config"
 GRAPH_FOLDER = "onnx"
 REPORT_FOLDER = "reports"
+ONNXRUNTIME = "onnxruntime"
+"""The target that every bundle has: its graphs run as they are."""
+
+WITHOUT_WEIGHTS = (SELECT_PACK, GATHER_WINDOWS)
+"""Graphs that have no data file."""
 
 _REBUILD = "build the bundle again with `stts-export build`"
 
@@ -66,7 +80,8 @@ class Manifest:
     limits: Limits
     graphs: tuple[str, ...]
     targets: tuple[str, ...]
-    """Back ends that the bundle runs on without another build step."""
+    """What the bundle runs on without another build step, preferred first: "onnxruntime", and names
+    of engine folders."""
     source: str
     """Name of the checkpoint folder."""
     tool_versions: dict[str, str]
@@ -143,6 +158,10 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
+def _is_names(value: object) -> bool:
+    return _is_texts(value) and all(Path(name).name == name for name in cast("list[str]", value))
+
+
 def _is_table(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
@@ -152,7 +171,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "precision": (" or ".join(PRECISIONS), lambda value: value in PRECISIONS),
     "limits": ("an object", lambda value: isinstance(value, dict)),
     "graphs": ("an array of names", _is_texts),
-    "targets": ("an array of names", _is_texts),
+    "targets": ("an array of names", _is_names),
     "source": ("a string", lambda value: isinstance(value, str)),
     "tool_versions": ("an object of strings", _is_table),
     "licences": ("an object of strings", _is_table),
@@ -203,11 +222,26 @@ class Bundle:
             folder / CONFIG_FOLDER / "config.json", has_scorer=manifest.has_scorer
         )
         _check_graphs(manifest, config, str(path))
-        return Bundle(folder, manifest, config)
+        bundle = Bundle(folder, manifest, config)
+        for engines in bundle.engine_sets():
+            _check_engines(engines, manifest, config)
+        return bundle
 
     def graph(self, name: str) -> Path:
         """Path of a graph's ONNX file."""
         return self.folder / GRAPH_FOLDER / graph_file(name)
+
+    def engine_sets(self) -> tuple[EngineSet, ...]:
+        """Engines of every target that has some.
+
+        Raises:
+            InputError: a set cannot be read.
+        """
+        return tuple(
+            EngineSet.read(self.folder / ENGINE_FOLDER / target)
+            for target in self.manifest.targets
+            if target != ONNXRUNTIME
+        )
 
     def check_hashes(self) -> None:
         """Compare every file with its SHA-256.
@@ -249,9 +283,28 @@ def _check_graphs(manifest: Manifest, config: ModelConfig, where: str) -> None:
         )
     for name in manifest.graphs:
         file = f"{GRAPH_FOLDER}/{graph_file(name)}"
-        for needed in (file, f"{file.rpartition('/')[0]}/{DATA_FILE}"):
+        data = f"{file.rpartition('/')[0]}/{DATA_FILE}"
+        for needed in (file,) if name in WITHOUT_WEIGHTS else (file, data):
             if needed not in manifest.files:
                 raise InputError(f"files lacks {needed}", where=where, fix=_REBUILD)
+
+
+def _check_engines(engines: EngineSet, manifest: Manifest, config: ModelConfig) -> None:
+    """Check that the manifest lists the files of an engine set, and that none is missing."""
+    where = str(engines.folder / ENGINES_FILE)
+    graphs = {name.partition("-")[0] for name in graph_specs(config, manifest.precision)}
+    allowed = (graphs, graphs - {SELECT_PACK})  # its plugin runs in TensorRT only
+    if set(engines.engines) not in allowed:
+        raise InputError(
+            f"has engines for {', '.join(engines.engines)}",
+            where=where,
+            allowed=", ".join(sorted(graphs)),
+            fix=_REBUILD,
+        )
+    for file in (ENGINES_FILE, *(engine.file for engine in engines.engines.values())):
+        needed = f"{ENGINE_FOLDER}/{engines.folder.name}/{file}"
+        if needed not in manifest.files:
+            raise InputError(f"files lacks {needed}", where=where, fix=_REBUILD)
 
 
 def is_bundle(folder: Path) -> bool:

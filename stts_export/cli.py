@@ -43,6 +43,9 @@ _PIP_NAME = {
     "onnxscript": "'stts-export[export]'",
     "onnx_ir": "'stts-export[export]'",
     "onnxruntime": "'stts-export[cpu]'",
+    "tensorrt_rtx": "'stts-export[trt-rtx]'",
+    "tensorrt": "'stts-export[trt]'",
+    "cuda": "'stts-export[trt]'",
     "transformers": "transformers",
 }
 """What to install for packages that only some verbs need."""
@@ -53,7 +56,7 @@ _UNITS = {
     "decode": "tokens",
     "overlay": "frames",
 }
-"""What is counted in the stages of `run`."""
+"""What is counted in the stages of `run`; percent in the engines of `build`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,8 +112,10 @@ def _stages() -> Iterator[Report]:
         def report(stage: str, done: int, total: int) -> None:
             nonlocal began
             if stage not in bars:
+                if done == 0:  # it says when it begins
+                    began = time.monotonic()
                 shown.close()
-                bars[stage] = Progress(stage, total, _UNITS[stage], started=began)
+                bars[stage] = Progress(stage, total, _UNITS.get(stage, "%"), started=began)
                 shown.enter_context(bars[stage])
             bars[stage].update(done)
             if done == total:
@@ -135,41 +140,109 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("checkpoint", type=Path, help="Molmo2 or STTS checkpoint folder")
-    verb.add_argument("-o", "--output", type=Path, required=True, help="bundle folder to write")
-    verb.add_argument("--precision", default="fp32", help="fp32 (default) or fp16")
     verb.add_argument(
-        "--backend", action="append", help="back end to build for; onnxruntime (default)"
+        "source", type=Path, metavar="CHECKPOINT|BUNDLE",
+        help="Molmo2 or STTS checkpoint folder; or a bundle, to build engines from its graphs",
+    )  # fmt: skip
+    verb.add_argument("-o", "--output", type=Path, required=True, help="bundle folder to write")
+    verb.add_argument(
+        "--precision", help="fp32 (default) or fp16; a bundle's own when built from a bundle"
     )
+    verb.add_argument(
+        "--backend", action="append",
+        help="back end to build for (repeatable, the first is the default of the bundle): "
+        "onnxruntime (default), tensorrt on the GPU it is for, tensorrt-rtx anywhere",
+    )  # fmt: skip
+    verb.add_argument(
+        "--target", action="append",
+        help="GPUs to build engines for, such as sm89,sm120; this machine's if absent",
+    )  # fmt: skip
     verb.add_argument(
         "--max-frames", type=int, help="longest clip; the checkpoint's num_frames, or 64, if absent"
     )
     verb.add_argument(
-        "--min-prune-ratio", type=float, default=0.0, help="lowest ratio the bundle accepts (0)"
+        "--max-tokens", type=int, help="longest sequence; the model's longest if absent"
     )
+    verb.add_argument("--min-prune-ratio", type=float, help="lowest ratio the bundle accepts (0)")
+    verb.add_argument(
+        "--memory-limit", metavar="SIZE",
+        help="device memory for temporary results of a layer, in GiB or as 512M; all if absent",
+    )  # fmt: skip
+    verb.add_argument(
+        "--plugin", type=Path, metavar="FILE",
+        help="libstts_plugins.so, for tensorrt; looked for in STTS_PLUGIN_PATH, the bundle and "
+        "the build tree if absent",
+    )  # fmt: skip
     verb.add_argument("--force", action="store_true", help="replace an existing bundle")
 
 
 def _build(arguments: Arguments) -> int:
-    from stts_export.build import BuildSpec, bundle_from_checkpoint
+    from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
+    from stts_export.bundle import Bundle, is_bundle
 
     spec = BuildSpec(
         precision=arguments.precision,
         max_frames=arguments.max_frames,
+        max_tokens=arguments.max_tokens,
         min_prune_ratio=arguments.min_prune_ratio,
         backends=tuple(arguments.backend or ("onnxruntime",)),
+        targets=_targets(arguments.target or ()),
+        memory_limit=_memory(arguments.memory_limit) if arguments.memory_limit else None,
+        plugin=arguments.plugin,
     )
 
     def on_stage(stage: str, number: int, total: int) -> None:
-        print(f"[{number}/{total}] {stage}: export and compare with PyTorch", file=sys.stderr)
+        print(f"[{number}/{total}] {stage}", file=sys.stderr, flush=True)
 
+    build = bundle_from_bundle if is_bundle(arguments.source) else bundle_from_checkpoint
     started = time.perf_counter()
-    bundle = bundle_from_checkpoint(
-        arguments.checkpoint, arguments.output, spec, force=arguments.force, on_stage=on_stage
-    )
+    with _stages() as report:
+        bundle = build(
+            arguments.source,
+            arguments.output,
+            spec,
+            force=arguments.force,
+            on_stage=on_stage,
+            on_progress=report,
+        )
     seconds = time.perf_counter() - started
+    for engines in Bundle.open(bundle).engine_sets():
+        for engine in filter(None, (engine.command for engine in engines.engines.values())):
+            print(f"in {bundle}: {engine}", file=sys.stderr)
     print(f"{bundle}: {readable_size(_bytes_below(bundle))}, built in {seconds:.0f} s")
     return 0
+
+
+def _targets(lists: Sequence[str]) -> tuple[str, ...]:
+    """Split comma-separated lists; every target once."""
+    names = (name.strip().lower() for text in lists for name in text.split(","))
+    return tuple(dict.fromkeys(names))
+
+
+def _memory(text: str) -> int:
+    """Bytes of a size in GiB, or with a suffix K, M or G."""
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30}
+    number, suffix = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "G")
+    try:
+        size = int(float(number) * scale[suffix])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise InputError(
+            f"size {text!r}", where="--memory-limit", allowed="GiB, or with a suffix, as 4G or 512M"
+        )
+    return size
+
+
+def _backend_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--backend",
+        help="onnxruntime, tensorrt or tensorrt-rtx; the first the bundle was built for if absent",
+    )
+    verb.add_argument(
+        "--plugin", type=Path, metavar="FILE",
+        help="libstts_plugins.so, for tensorrt; found as by build if absent",
+    )  # fmt: skip
 
 
 def _run_options(verb: argparse.ArgumentParser) -> None:
@@ -195,8 +268,8 @@ def _run_options(verb: argparse.ArgumentParser) -> None:
         help="draw kept and removed windows: OUT.mp4 (and a contact sheet OUT.png beside it), "
         "or OUT.png for the sheet alone",
     )  # fmt: skip
-    verb.add_argument("--backend", help="onnxruntime")
-    verb.add_argument("--device", help="cpu (default) or cuda")
+    _backend_options(verb)
+    verb.add_argument("--device", help="cpu (default) or cuda; for engines cuda or cuda:N")
     verb.add_argument("--threads", type=int, help="threads within an operator; all cores if absent")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -210,7 +283,11 @@ def _run(arguments: Arguments) -> int:
     if arguments.prompt_ids:
         prompt = _read_ids(arguments.prompt_ids)
     with Session.open(
-        arguments.bundle, arguments.backend, arguments.device, arguments.threads
+        arguments.bundle,
+        arguments.backend,
+        arguments.device,
+        arguments.threads,
+        arguments.plugin,
     ) as session:
         video, clip, values = _answer(session, prompt, arguments)
     if not arguments.json:
@@ -327,6 +404,11 @@ def _verify_options(verb: argparse.ArgumentParser) -> None:
         "--video", type=Path, action="append", default=[],
         help="compare on this file (repeatable); built-in clips if absent",
     )  # fmt: skip
+    _backend_options(verb)
+    verb.add_argument(
+        "--keep-repro", type=Path, metavar="DIR",
+        help="new folder for files with which `polygraphy run` reproduces what differs",
+    )  # fmt: skip
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -334,7 +416,14 @@ def _verify(arguments: Arguments) -> int:
     from stts_export.bundle import REPORT_FOLDER
     from stts_export.verify import verify
 
-    report = verify(arguments.bundle, arguments.against, arguments.video)
+    report = verify(
+        arguments.bundle,
+        arguments.against,
+        arguments.video,
+        backend=arguments.backend,
+        plugin=arguments.plugin,
+        keep_repro=arguments.keep_repro,
+    )
     try:
         write_json(arguments.bundle / REPORT_FOLDER / "verify.json", report.to_dict())
     except OSError as error:
@@ -347,7 +436,12 @@ def _verify(arguments: Arguments) -> int:
                 f"{'ok  ' if passed else 'FAIL'} {name}: {worst:.2g}, limit {limit:.2g} ({where})"
             )
         outcome = "agrees with" if report.passed else "DIFFERS from"
-        print(f"{arguments.bundle} ({report.precision}) {outcome} {arguments.against}")
+        how = f"{report.precision}, {report.backend}"
+        print(f"{arguments.bundle} ({how}) {outcome} {arguments.against}")
+        for folder in report.repro:
+            print(f"sh {folder}/reproduce.sh  # shows the difference with polygraphy")
+        if arguments.keep_repro and report.passed:
+            print(f"nothing differs, so {arguments.keep_repro} was not written")
     return 0 if report.passed else EXIT_VERIFICATION_FAILED
 
 
@@ -444,7 +538,7 @@ def _bytes_below(folder: Path) -> int:
 
 
 _VERBS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None], Handler], ...] = (
-    ("build", "Build a bundle from a checkpoint.", _build_options, _build),
+    ("build", "Build a bundle from a checkpoint or a bundle.", _build_options, _build),
     ("run", "Answer a question about a video.", _run_options, _run),
     ("inspect", "Show what a bundle holds.", _inspect_options, _inspect),
     ("verify", "Compare a bundle with its checkpoint.", _verify_options, _verify),

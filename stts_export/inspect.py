@@ -6,8 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stts_export.bundle import CONFIG_FOLDER, Bundle
-from stts_export.tensors import DATA_FILE, TensorSpec, graph_specs
+from stts_export.bundle import CONFIG_FOLDER, WITHOUT_WEIGHTS, Bundle
+from stts_export.engines.engine_set import EngineInfo, EngineSet, range_json, tensor_json
+from stts_export.files import readable_size
+from stts_export.tensors import DATA_FILE, graph_specs
 
 
 def describe(bundle: Path) -> dict[str, Any]:
@@ -42,24 +44,48 @@ def describe(bundle: Path) -> dict[str, Any]:
         },
         "graphs": {
             name: {
-                "inputs": [_tensor(tensor) for tensor in specs[name].inputs],
-                "outputs": [_tensor(tensor) for tensor in specs[name].outputs],
-                "bytes": _bytes(opened.graph(name)),
+                "inputs": [tensor_json(tensor) for tensor in specs[name].inputs],
+                "outputs": [tensor_json(tensor) for tensor in specs[name].outputs],
+                "bytes": _bytes(name, opened.graph(name)),
             }
             for name in manifest.graphs
         },
+        "engines": {engines.folder.name: _engines(engines) for engines in opened.engine_sets()},
         "tool_versions": manifest.tool_versions,
         "licences": manifest.licences,
     }
 
 
-def _bytes(graph: Path) -> int:
+def _bytes(name: str, graph: Path) -> int:
     """Size of a graph with its weights, which variants share."""
-    return graph.stat().st_size + graph.with_name(DATA_FILE).stat().st_size
+    weights = 0 if name in WITHOUT_WEIGHTS else graph.with_name(DATA_FILE).stat().st_size
+    return graph.stat().st_size + weights
 
 
-def _tensor(tensor: TensorSpec) -> dict[str, Any]:
-    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+def _engines(engines: EngineSet) -> dict[str, Any]:
+    return {
+        "backend": engines.backend,
+        "version": engines.version,
+        "target": engines.target,
+        "engines": {
+            name: _engine(engine, engines.path(name)) for name, engine in engines.engines.items()
+        },
+    }
+
+
+def _engine(engine: EngineInfo, file: Path) -> dict[str, Any]:
+    return {
+        "file": engine.file,
+        "graph": engine.graph,
+        "bytes": file.stat().st_size,
+        "inputs": [tensor_json(tensor) for tensor in engine.inputs],
+        "outputs": [tensor_json(tensor) for tensor in engine.outputs],
+        "profiles": [
+            {name: range_json(value) for name, value in profile.items()}
+            for profile in engine.profiles
+        ],
+        "command": engine.command,
+    }
 
 
 def describe_text(description: dict[str, Any]) -> str:
@@ -80,17 +106,42 @@ def describe_text(description: dict[str, Any]) -> str:
         f"  prompts  {description['prompts']}, up to {limits['max_tokens']} tokens",
     ]
     for name, graph in description["graphs"].items():
-        lines.append(f"  {name} ({graph['bytes'] / 1e6:.1f} MB)")
-        for side in ("inputs", "outputs"):
-            shown = [_tensor_text(tensor) for tensor in graph[side][:_SHOWN]]
-            hidden = len(graph[side]) - len(shown)
-            rest = f", and {hidden} cache tensors" if hidden else ""
-            lines.append(f"    {side:7} {', '.join(shown)}{rest}")
+        lines.append(f"  {name} ({readable_size(graph['bytes'])})")
+        lines += _sides(graph)
+    for engines in description["engines"].values():
+        head = f"{engines['backend']} {engines['version']} for {engines['target']}"
+        for name, engine in engines["engines"].items():
+            size = readable_size(engine["bytes"])
+            lines.append(f"  {name} engine, {head} ({size}, from {engine['graph']})")
+            lines += _sides(engine)
+            lines += [f"    profile {_profile_text(profile)}" for profile in engine["profiles"]]
     return "\n".join(lines)
 
 
 _SHOWN = 4  # the decoder has two cache tensors per layer; more than this says nothing new
 
 
+def _sides(graph: dict[str, Any]) -> list[str]:
+    """Inputs and outputs in a line each."""
+    lines = []
+    for side in ("inputs", "outputs"):
+        shown = [_tensor_text(tensor) for tensor in graph[side][:_SHOWN]]
+        hidden = len(graph[side]) - len(shown)
+        rest = f", and {hidden} more" if hidden else ""
+        lines.append(f"    {side:7} {', '.join(shown)}{rest}")
+    return lines
+
+
 def _tensor_text(tensor: dict[str, Any]) -> str:
-    return f"{tensor['name']} {tensor['dtype']}({', '.join(map(str, tensor['shape']))})"
+    values = " values" if tensor.get("is_shape") else ""
+    return f"{tensor['name']} {tensor['dtype']}({', '.join(map(str, tensor['shape']))}){values}"
+
+
+def _profile_text(profile: dict[str, Any]) -> str:
+    """Say what a profile leaves free, as 1x6..8x6."""
+    shown = []
+    for name, value in list(profile.items())[:_SHOWN]:
+        low, high = ("x".join(map(str, value[side])) for side in ("min", "max"))
+        shown.append(f"{name} {low}" if low == high else f"{name} {low}..{high}")
+    rest = len(profile) - len(shown)
+    return ", ".join(shown) + (f", and {rest} more" if rest else "")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from stts_export.build import BuildSpec, bundle_from_checkpoint
+from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
 from stts_export.checkpoint import save_checkpoint
 from stts_export.tensors import Precision
 from stts_export.training.config import ModelShape, model_json
@@ -73,4 +73,18 @@ def text_bundle(shared_folder: Path) -> Path:
             save_checkpoint(random_model(values), checkpoint)
             save_tokenizer_files(tokenizer, checkpoint, max_frames=8)
             bundle_from_checkpoint(checkpoint, bundle)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def rtx_bundle(shared_folder: Path, golden_bundle: Path) -> Path:
+    """The golden bundle with TensorRT for RTX engines for two GPUs; read only."""
+    bundle = shared_folder / f"{golden_bundle.name}-rtx"
+    with FileLock(str(bundle) + ".lock"):
+        if not bundle.exists():
+            spec = BuildSpec(
+                backends=("tensorrt-rtx",), targets=("sm89", "sm120"), max_frames=16,
+                max_tokens=2048,
+            )  # fmt: skip
+            bundle_from_bundle(golden_bundle, bundle, spec)
     return bundle

@@ -10,16 +10,20 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import stts_export.build as building
 from stts_export import Session
-from stts_export.build import BuildSpec, bundle_from_checkpoint
-from stts_export.bundle import GRAPH_FOLDER, Bundle
-from stts_export.errors import InputError, MissingDependencyError
+from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
+from stts_export.bundle import GRAPH_FOLDER, WITHOUT_WEIGHTS, Bundle
+from stts_export.engines.engine_build import engine_specs
+from stts_export.engines.engine_set import EngineInfo, EngineSet
+from stts_export.errors import InputError, MissingDependencyError, VerificationError
 from stts_export.files import write_json
 from stts_export.graphs import export
 from stts_export.tensors import DATA_FILE, graph_file, graph_specs
@@ -46,17 +50,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "graphs_from_checkpoint", _stand_ins)
 
 
-def _stand_ins(source, folder, spec, on_stage=None):
-    for name in graph_specs(source.config, spec.precision):
+def _stand_ins(source, folder, precision, begin=None):
+    for name in graph_specs(source.config, precision):
         file = folder / GRAPH_FOLDER / graph_file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"graph")
-        file.with_name(DATA_FILE).write_bytes(b"weights")
+        if name not in WITHOUT_WEIGHTS:
+            file.with_name(DATA_FILE).write_bytes(b"weights")
 
 
 def _during_the_build(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    def graphs(source, folder, spec, on_stage=None):
-        _stand_ins(source, folder, spec)
+    def graphs(source, folder, precision, begin=None):
+        _stand_ins(source, folder, precision)
         action()
 
     monkeypatch.setattr(building, "graphs_from_checkpoint", graphs)
@@ -87,12 +92,17 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
         bundle_from_checkpoint(small_checkpoint, output)
     restore()
     assert not output.exists()
-    assert recorded == ["vision_lower", "vision_upper", "vision_upper-frames"]
+    lower = ["vision_lower", "vision_lower-decomposed"]
+    upper = ["vision_upper", "vision_upper-decomposed", "vision_upper-frames"]
+    assert recorded == lower + upper
     recorded.clear()
     stages: list[tuple[str, int, int]] = []
     bundle_from_checkpoint(small_checkpoint, output, on_stage=lambda *stage: stages.append(stage))
-    assert recorded == ["decoder"]
-    assert stages == [("decoder", 3, 3)]
+    assert recorded == ["decoder", "decoder-decomposed", "select_pack", "gather_windows"]
+    assert stages == [
+        (f"{graph}: export and compare with PyTorch", number, 5)
+        for number, graph in ((3, "decoder"), (4, "select_pack"), (5, "gather_windows"))
+    ]
     Bundle.open(output).check_hashes()
     assert _names(tmp_path) == {"bundle"}
     assert _names(output) == {"manifest.json", "config", "onnx"}
@@ -475,3 +485,121 @@ def test_a_checkpoint_without_a_scorer_runs_unpruned(tmp_path: Path):
         session.generate(clip, prompt_ids(session.config, 3), 2)
         with pytest.raises(InputError, match="no scorer"):
             session.encode(random_frames(3), 0.5)
+
+
+RTX = ("tensorrt-rtx",)
+
+
+@pytest.fixture
+def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are listed, and stand-ins for files, from now on."""
+
+    def quick(folder, target, spec, on_stage=None, on_fraction=None):
+        engines = EngineSet(
+            folder / "engines" / target.folder, target.backend, target.version, target.name,
+            {
+                name: EngineInfo(f"{name}.engine", graph.name, graph.inputs[:0], (), (), "")
+                for name, graph in engine_specs(target, spec).items()
+            },
+        )  # fmt: skip
+        engines.folder.mkdir(parents=True, exist_ok=True)
+        for name in engines.engines:
+            engines.path(name).write_bytes(b"engine")
+        engines.write()
+        return engines
+
+    monkeypatch.setattr(building, "engines_from_graphs", quick)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"precision": "fp16"}, "precision fp16, but the bundle's graphs are fp32"),
+        ({"max_frames": 65}, "max_frames is 65\n  allowed: up to 64"),
+        ({"max_tokens": 8193}, "max_tokens is 8193\n  allowed: up to 8192"),
+        ({"targets": ("sm87",)}, "target 'sm87'"),
+        ({"backends": ("onnxruntime",), "targets": ()}, "nothing to build"),
+    ],
+)
+def test_what_a_bundle_does_not_have_is_refused(
+    tmp_path: Path, small_bundle: Path, spec: dict[str, Any], message: str
+):
+    wanted = BuildSpec(**{"backends": RTX, "targets": ("sm89",), **spec})
+    with pytest.raises(InputError, match=message):
+        bundle_from_bundle(small_bundle, tmp_path / "out", wanted)
+    assert _names(tmp_path) == set()
+
+
+@pytest.mark.usefixtures("no_engines")
+def test_limits_of_a_bundle_may_be_narrowed_and_not_widened(tmp_path: Path, small_bundle: Path):
+    spec = BuildSpec(backends=RTX, targets=("sm89",), max_frames=9, min_prune_ratio=0.3)
+    first = bundle_from_bundle(small_bundle, tmp_path / "first", spec)
+    limits = Bundle.open(first).manifest.limits
+    assert (limits.max_frames, limits.max_tokens, limits.min_prune_ratio) == (9, 8192, 0.3)
+    with pytest.raises(InputError, match=r"min_prune_ratio is 0\.1\n  allowed: 0\.3 or more"):
+        bundle_from_bundle(first, tmp_path / "second", replace(spec, min_prune_ratio=0.1))
+
+
+@pytest.mark.usefixtures("no_engines")
+def test_the_first_back_end_that_is_asked_for_comes_first(tmp_path: Path, small_bundle: Path):
+    spec = BuildSpec(backends=("onnxruntime", *RTX), targets=("sm120", "sm89"))
+    output = bundle_from_bundle(small_bundle, tmp_path / "out", spec)
+    names = [name.rpartition("-")[2] for name in Bundle.open(output).manifest.targets]
+    assert names == ["onnxruntime", "sm120", "sm89"]
+
+
+@pytest.mark.usefixtures("no_engines")
+def test_a_file_that_was_changed_is_not_passed_on(tmp_path: Path, small_bundle: Path):
+    source = Path(shutil.copytree(small_bundle, tmp_path / "source"))
+    weights = source / "onnx/decoder/model.onnx.data"
+    content = bytearray(weights.read_bytes())
+    content[5000] ^= 1
+    weights.write_bytes(content)
+    spec = BuildSpec(backends=RTX, targets=("sm89",))
+    with pytest.raises(VerificationError, match=r"decoder/model\.onnx\.data: was changed"):
+        bundle_from_bundle(source, tmp_path / "out", spec)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["m", "m/inside"])
+@pytest.mark.parametrize("force", [False, True])
+def test_the_bundle_that_is_read_is_never_written_to(
+    tmp_path: Path, small_bundle: Path, output: str, force: bool
+):
+    source = Path(shutil.copytree(small_bundle, tmp_path / "m"))
+    spec = BuildSpec(backends=RTX, targets=("sm89",))
+    with pytest.raises(InputError, match="overlaps the bundle"):
+        bundle_from_bundle(source, tmp_path / output, spec, force=force)
+    Bundle.open(source).check_hashes()
+
+
+def test_space_for_engines_is_counted(
+    tmp_path: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    size = sum(path.stat().st_size for path in small_bundle.rglob("*") if path.is_file())
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * size)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    spec = BuildSpec(backends=RTX, targets=("sm89", "sm120"))
+    with pytest.raises(InputError, match="MB free"):
+        bundle_from_bundle(small_bundle, tmp_path / "out", spec)
+    assert _names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"targets": ("sm89",)}, "target sm89 is of no use to onnxruntime"),
+        ({"memory_limit": 5}, "add --backend tensorrt or tensorrt-rtx"),
+        ({"plugin": Path("x.so"), "backends": RTX}, "plugin x.so is of no use to tensorrt-rtx"),
+        ({"memory_limit": 0, "backends": RTX}, "memory_limit is 0"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+    ],
+)
+def test_options_that_nothing_would_use_are_refused(values: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=message):
+        BuildSpec(**values)
+
+
+def test_a_sequence_longer_than_the_model_is_refused(tmp_path: Path, small_checkpoint: Path):
+    with pytest.raises(InputError, match="max_position_embeddings"):
+        bundle_from_checkpoint(small_checkpoint, tmp_path / "b", BuildSpec(max_tokens=8193))

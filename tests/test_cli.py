@@ -20,6 +20,7 @@ from stts_export.runtime.session import Session
 from stts_export.runtime.writing import png_bytes
 from stts_export.training import evaluation
 from tests.helpers import prompt_ids, random_frames
+from tests.standins.fixtures import install_cuda
 
 VERBS = ("build", "run", "inspect", "verify", "train", "eval")
 
@@ -275,6 +276,38 @@ def test_build_and_its_errors(tmp_path: Path, small_checkpoint: Path, capsys):
     assert "vision_lower" in printed.err
     assert main(arguments) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--target", "sm89"], "target sm89 is of no use to onnxruntime"),
+        (["--backend", "tensorrt-rtx", "--target", "sm89,sm87"], "target 'sm87'"),
+        (["--backend", "tensorrt-rtx"], "pass --target"),
+        (["--backend", "tensorrt-rtx", "--memory-limit", "4T"], "4G or 512M"),
+        (["--backend", "tensorrt-rtx", "--memory-limit", "-1"], "4G or 512M"),
+        (["--backend", "tensorrt-rtx", "--memory-limit", "nan"], "4G or 512M"),
+        (["--backend", "tensorrt-rtx", "--plugin", "x.so"], "plugin x.so is of no use"),
+        ([], "nothing to build: a bundle runs on ONNX Runtime as it is"),
+    ],
+)
+def test_bad_options_of_building_from_a_bundle(
+    small_bundle: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch,
+    options: list[str], text: str,
+):  # fmt: skip
+    install_cuda(monkeypatch, driver=0)
+    assert main(["build", str(small_bundle), "-o", str(tmp_path / "out"), *options]) == 1
+    printed = capsys.readouterr()
+    assert text in printed.err
+    assert printed.err.count("error:") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4", 4 << 30), ("0.5g", 1 << 29), ("512M", 512 << 20), ("1K", 1024)]
+)
+def test_sizes_of_memory(text: str, size: int):
+    assert cli._memory(text) == size
 
 
 def test_eval_refuses_ratios_that_are_no_numbers(small_bundle: Path, capsys):

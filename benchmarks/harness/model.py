@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import stts_export
@@ -16,7 +18,7 @@ from stts_export.config import (
     TokenIds,
     VisionConfig,
 )
-from stts_export.tensors import graph_specs
+from stts_export.tensors import Precision, graph_specs
 
 _SEED = 20260318
 # Standard deviation of the random scorer's logits: scores then spread over (0, 1).
@@ -65,37 +67,65 @@ def model_config(*, quick: bool) -> ModelConfig:
     return ModelConfig(vision, connector, text, tokens, use_frame_special_tokens=True)
 
 
-def graphs(config: ModelConfig, cache: Path) -> Path:
+def full_size_config() -> ModelConfig:
+    """Sizes of the real vision tower (25 blocks, 1152 wide, 27x27 patches), with a tiny decoder."""
+    small = model_config(quick=False)
+    vision = dataclasses.replace(
+        small.vision,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_heads=16,
+        head_dim=72,
+        num_layers=25,
+        taps=(24, 18),
+    )
+    connector = dataclasses.replace(
+        small.connector, hidden_size=1152, num_heads=16, head_dim=72, intermediate_size=9728
+    )
+    text = dataclasses.replace(small.text, hidden_size=2560)
+    return dataclasses.replace(small, vision=vision, connector=connector, text=text)
+
+
+def graphs(
+    config: ModelConfig,
+    cache: Path,
+    precision: Precision = "fp32",
+    names: Collection[str] | None = None,
+) -> Path:
     """Export the model's graphs, or find those of an earlier run.
 
     Args:
         config: sizes of the model.
-        cache: a folder is made in it for each configuration and state of the exporting code.
+        cache: a folder is made in it for each set of arguments and state of the exporting code.
+        precision: type of weights and activations.
+        names: which graphs; all when None.
 
     Returns:
         Folder that holds the graphs as `onnx/` of a bundle does, see `tensors.graph_file`.
     """
-    folder = cache / _fingerprint(config)
+    known = graph_specs(config, precision)
+    chosen = [name for name in known if names is None or name in names]
+    folder = cache / _fingerprint(config, precision, chosen)
     if not folder.is_dir():
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        _export(config, partial)
+        _export(config, partial, precision, chosen)
         os.replace(partial, folder)
     return folder
 
 
-def _fingerprint(config: ModelConfig) -> str:
+def _fingerprint(config: ModelConfig, precision: Precision, names: Sequence[str]) -> str:
     package = Path(stts_export.__file__).parent
     sources = [package / "tensors.py", Path(__file__)]
     for part in ("model", "graphs"):
         sources += sorted((package / part).glob("*.py"))
-    digest = hashlib.sha256(repr(config).encode())
+    digest = hashlib.sha256(repr((config, precision, names)).encode())
     for source in sources:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _export(config: ModelConfig, folder: Path) -> None:
+def _export(config: ModelConfig, folder: Path, precision: Precision, names: Sequence[str]) -> None:
     import torch
 
     from benchmarks.harness.clips import moving_clip
@@ -117,5 +147,5 @@ def _export(config: ModelConfig, folder: Path) -> None:
         scale = _LOGIT_SPREAD / logits.std()
         vision.scorer.w3.weight *= scale
         vision.scorer.w3.bias.copy_((vision.scorer.w3.bias - logits.mean()) * scale)
-    for name in graph_specs(config, "fp32"):
-        export_graph(model, name, "fp32", folder)
+    for name in names:
+        export_graph(model, name, precision, folder)

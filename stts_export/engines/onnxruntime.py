@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from stts_export.errors import InputError, MissingDependencyError
 
@@ -26,6 +27,10 @@ class Runner:
     Args:
         session: an `onnxruntime.InferenceSession`.
     """
+
+    updates_in_place = True
+    """TensorScatter writes into its input where both have the same memory."""
+    cache_capacity: int | None = None
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -60,6 +65,16 @@ class Runner:
         bound = [*in_place, *rest]  # get_outputs answers in the order of binding
         values = dict(zip(bound, binding.get_outputs(), strict=True))
         return {name: values[name].numpy() for name in rest}
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Array of zeros."""
+        return np.zeros(shape, dtype)
+
+    @staticmethod
+    def to_host(array: NDArray[Any]) -> NDArray[Any]:
+        """Return the array itself: it lies on the host."""
+        return array
 
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:

@@ -15,8 +15,10 @@ from stts_export.runtime.decoder import KVCache
 from stts_export.tensors import DECODER, present_names
 
 
-def _decoder_inputs(bundle: Bundle) -> tuple[dict[str, np.ndarray], KVCache]:
-    cache = KVCache(bundle.config, "fp32", 5)
+def _decoder_inputs(
+    bundle: Bundle, runner: onnxruntime.Runner
+) -> tuple[dict[str, np.ndarray], KVCache]:
+    cache = KVCache(runner, bundle.config, "fp32", 5)
     return {
         "input_ids": np.array([[1, 2, 3]]),
         "features": np.zeros((1, bundle.config.text.hidden_size), np.float32),
@@ -28,7 +30,7 @@ def _decoder_inputs(bundle: Bundle) -> tuple[dict[str, np.ndarray], KVCache]:
 def test_outputs_in_place_equal_new_ones(small_bundle: Path):
     bundle = Bundle.open(small_bundle)
     runner = onnxruntime.open_graph(bundle.graph(DECODER), threads=1)
-    inputs, cache = _decoder_inputs(bundle)
+    inputs, cache = _decoder_inputs(bundle, runner)
     expected = runner({**inputs, **cache.past})
     assert not any(array.any() for array in cache.past.values())
     got = runner({**inputs, **cache.past}, cache.present)
@@ -44,7 +46,7 @@ def test_outputs_in_place_equal_new_ones(small_bundle: Path):
 def test_arrays_with_gaps_are_refused(small_bundle: Path):
     bundle = Bundle.open(small_bundle)
     runner = onnxruntime.open_graph(bundle.graph(DECODER), threads=1)
-    inputs, cache = _decoder_inputs(bundle)
+    inputs, cache = _decoder_inputs(bundle, runner)
     inputs["input_ids"] = np.array([[1, 2, 3, 4, 5, 6]])[:, ::2]
     with pytest.raises(ValueError, match="input_ids is not contiguous"):
         runner({**inputs, **cache.past}, cache.present)

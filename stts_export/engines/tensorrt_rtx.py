@@ -1,0 +1,67 @@
+"""TensorRT for RTX: engines for RTX GPUs, built on any machine, with or without a GPU.
+
+Plugins abort its parser, so windows are selected and packed on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stts_export.engines import cuda
+from stts_export.engines.engine_build import Target, library_version
+from stts_export.errors import InputError, MissingDependencyError
+from stts_export.tensors import DECODER, GATHER_WINDOWS, VISION_LOWER, VISION_UPPER
+
+NAME = "tensorrt-rtx"
+MODULE = "tensorrt_rtx"
+TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""Streaming multiprocessor versions that it builds for."""
+GRAPHS = (VISION_LOWER, VISION_UPPER, GATHER_WINDOWS, DECODER)
+"""In building order."""
+
+_INSTALL = "pip install 'stts-export[trt-rtx]'"
+
+
+def targets(requested: Sequence[str]) -> tuple[Target, ...]:
+    """Return what to build for.
+
+    Args:
+        requested: such as sm89; the GPU of this machine when empty.
+
+    Raises:
+        InputError: a target that this library does not build for, or none on a machine without a
+            GPU.
+        MissingDependencyError: the package is not installed.
+    """
+    for name in requested or ():
+        _check(name)
+    version = library_version(MODULE, NAME, _INSTALL)
+    return tuple(
+        Target(NAME, MODULE, version, name, GRAPHS, (name.upper(),))
+        for name in requested or (_own(),)
+    )
+
+
+def _check(name: str) -> None:
+    if name not in TARGETS:
+        raise InputError(
+            f"target {name!r}",
+            where=NAME,
+            allowed=", ".join(TARGETS),
+            fix="for Jetson and datacentre GPUs run `build` on the device with --backend tensorrt",
+        )
+
+
+def _own() -> str:
+    try:
+        major, minor = cuda.compute_capability()
+    except MissingDependencyError as error:
+        raise InputError(
+            f"no target is given, and this machine has no usable GPU ({error.message})",
+            where=NAME,
+            allowed=", ".join(TARGETS),
+            fix="pass --target, such as --target sm89,sm120",
+        ) from None
+    name = f"sm{major}{minor}"
+    _check(name)
+    return name
