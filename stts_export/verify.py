@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stts_export import repro
 from stts_export.bundle import Bundle
 from stts_export.engines import onnxruntime
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.probe import moving_clip
 from stts_export.runtime import planner, vision
+from stts_export.runtime.decoder import Runner
 from stts_export.runtime.session import EncodedClip, Session
-from stts_export.tensors import VISION_LOWER, VISION_UPPER
+from stts_export.tensors import SELECT_PACK, VISION_LOWER, VISION_UPPER
 from stts_export.tolerances import TOLERANCES, difference
 
 if TYPE_CHECKING:
@@ -56,7 +58,10 @@ class Report:
     bundle: str
     checkpoint: str
     precision: str
+    backend: str = onnxruntime.NAME
     checks: list[Check] = field(default_factory=list)
+    repro: list[str] = field(default_factory=list)
+    """Folders that reproduce differences with polygraphy, worst first."""
 
     @property
     def passed(self) -> bool:
@@ -83,19 +88,33 @@ class Report:
         return {"passed": self.passed, **asdict(self)}
 
 
-def verify(bundle: Path, checkpoint: Path, videos: Sequence[Path] = ()) -> Report:
+def verify(
+    bundle: Path,
+    checkpoint: Path,
+    videos: Sequence[Path] = (),
+    *,
+    backend: str | None = None,
+    plugin: Path | None = None,
+    keep_repro: Path | None = None,
+) -> Report:
     """Compare a bundle with the checkpoint it was built from.
 
     Args:
         bundle: folder of the bundle; its files are compared with their hashes first.
         checkpoint: the trained model.
         videos: files to compare on; built-in clips when empty.
+        backend: as for `Session.open`.
+        plugin: as for `Session.open`.
+        keep_repro: new folder for files that reproduce a difference with polygraphy; not made
+            when all agrees.
 
     Raises:
         InputError: bundle or checkpoint cannot be read, or are of different architecture.
         VerificationError: a file of the bundle was changed.
-        MissingDependencyError: torch is not installed.
+        MissingDependencyError: torch, the back end, or polygraphy if asked for, is not installed.
     """
+    if keep_repro is not None:
+        repro.check_folder(keep_repro)
     opened = Bundle.open(bundle)
     opened.check_hashes()
     model = _load(checkpoint)
@@ -105,12 +124,20 @@ def verify(bundle: Path, checkpoint: Path, videos: Sequence[Path] = ()) -> Repor
             where=str(bundle),
             allowed=f"a bundle built from {checkpoint}",
         )
-    report = Report(str(bundle), str(checkpoint), opened.manifest.precision)
-    with Session.open(bundle) as session:
-        masked = _MaskedUpper(opened)
-        for name, frames in _clips(session, videos):
-            for ratio in _ratios(opened, len(frames)):
-                _Comparison(report, session, masked, model, name, frames, ratio).run()
+    with Session.open(bundle, backend, plugin=plugin) as session:
+        report = Report(str(bundle), str(checkpoint), opened.manifest.precision, session.backend)
+        masked = _MaskedUpper(opened) if session.backend == onnxruntime.NAME else None
+        comparisons = [
+            _Comparison(report, session, masked, model, name, frames, ratio)
+            for name, frames in _clips(session, videos)
+            for ratio in _ratios(opened, len(frames))
+        ]
+        for comparison in comparisons:
+            comparison.run()
+        if keep_repro is not None and not report.passed:
+            found = _worst_calls(comparisons, session, masked)
+            folders = repro.write_repro(keep_repro, opened, session.backend, found)
+            report.repro.extend(map(str, folders))
     if not report.checks:
         raise InputError(
             f"no clip fits into {opened.manifest.limits.max_tokens} tokens",
@@ -118,6 +145,33 @@ def verify(bundle: Path, checkpoint: Path, videos: Sequence[Path] = ()) -> Repor
             fix="pass a shorter file with --video",
         )
     return report
+
+
+def _worst_calls(
+    comparisons: Sequence[_Comparison], session: Session, masked: _MaskedUpper | None
+) -> list[repro.Difference]:
+    """Run the worst clip of every kind of failed check again and compare graph by graph."""
+    report = comparisons[0].report
+    failed: dict[str, Check] = {}
+    for check in sorted(report.checks, key=lambda check: check.got, reverse=True):
+        if not check.passed:
+            failed.setdefault(check.name, check)
+    wanted = {(check.clip, check.prune_ratio) for check in failed.values()}
+    calls: list[repro.Call] = []
+    session.runners.update(
+        {name: repro.Recorder(name, runner, calls) for name, runner in session.runners.items()}
+    )
+    if masked is not None:
+        masked.upper = repro.Recorder(VISION_UPPER, masked.upper, calls)
+    found: list[repro.Difference] = []
+    for comparison in comparisons:
+        if (comparison.clip, comparison.ratio) in wanted:
+            comparison.repeat()
+            model, precision = comparison.model, comparison.session.bundle.manifest.precision
+            compared = (repro.compare_call(call, model, precision) for call in calls)
+            found += [entry for entry in compared if entry is not None]
+            calls.clear()
+    return found
 
 
 def _ratios(bundle: Bundle, frames: int) -> list[float]:
@@ -142,8 +196,8 @@ class _MaskedUpper:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self.lower = onnxruntime.open_graph(bundle.graph(VISION_LOWER))
-        self.upper = onnxruntime.open_graph(bundle.graph(VISION_UPPER))
+        self.lower: Runner = onnxruntime.open_graph(bundle.graph(VISION_LOWER))
+        self.upper: Runner = onnxruntime.open_graph(bundle.graph(VISION_UPPER))
 
     def features(self, frames: NDArray[np.uint8], keep: NDArray[np.bool_]) -> NDArray[Any]:
         """Features (K, C) of kept windows, by way of bins and segments."""
@@ -165,7 +219,7 @@ class _Comparison:
         self,
         report: Report,
         session: Session,
-        masked: _MaskedUpper,
+        masked: _MaskedUpper | None,
         model: SttsModel,
         clip: str,
         frames: NDArray[np.uint8],
@@ -191,6 +245,8 @@ class _Comparison:
             keep = chosen.numpy()
             self._compare("scores", clip.scores, scores.numpy())
             self._compare_windows(clip.keep, keep, scores.numpy(), clip.scores)
+            if SELECT_PACK in self.session.runners:
+                self._compare_planners(clip)
             if not np.array_equal(clip.keep, keep):
                 clip = self.session.encode(self.frames, keep=keep)
             bundle_scores = torch.from_numpy(clip.scores)
@@ -198,8 +254,12 @@ class _Comparison:
             oracle = self.model.encode(frames, self.ratio, keep=chosen, scores=bundle_scores)
         keep, features = oracle.keep.numpy(), oracle.features.numpy()
         self._compare("packed_features", clip.features, features)
-        masked = self.masked.features(self.frames, keep)
-        self._compare("packed_features", masked, features, "packed_features of vision_upper")
+        if self.masked is not None:
+            masked = self.masked.features(self.frames, keep)
+            self._compare("packed_features", masked, features, "packed_features of vision_upper")
+        if SELECT_PACK in self.session.runners and not keep.all():
+            planned = self.session.encode(self.frames, keep=keep).features
+            self._compare("packed_features", planned, features, "packed_features of gather_windows")
         ids = _prompt(self.model, keep)
         with torch.no_grad():
             compact = torch.from_numpy(ids[ids >= 0])
@@ -210,6 +270,22 @@ class _Comparison:
         self._compare("logits", self.session.next_token_logits(clip, full), logits)
         if self.report.precision == "fp32":
             self._compare_tokens(clip, full, greedy)
+
+    def repeat(self) -> None:
+        """Run every graph of this comparison again, without comparing."""
+        import torch
+
+        clip = self.session.encode(self.frames, self.ratio)
+        keep = clip.keep
+        if clip.scores is not None:
+            with torch.no_grad():
+                keep = self.model.choose(torch.from_numpy(self.frames), self.ratio)[1].numpy()
+            clip = self.session.encode(self.frames, keep=keep)
+        if self.masked is not None:
+            self.masked.features(self.frames, keep)
+        ids = _prompt(self.model, keep)
+        full = np.where(ids < 0, self.model.config.tokens.im_patch, ids)
+        self.session.next_token_logits(clip, full)
 
     def _compare(
         self, name: str, got: NDArray[Any], reference: NDArray[Any], label: str | None = None
@@ -237,6 +313,13 @@ class _Comparison:
         threshold = float(raised[keep].min())
         distance = float(np.abs(raised - threshold)[flipped].max())
         self._add("flips near threshold", "score distance", distance, 2 * error)
+
+    def _compare_planners(self, clip: EncodedClip) -> None:
+        """The graph that selects against the planner, given the same scores."""
+        assert clip.scores is not None
+        planned = planner.select(clip.scores, clip.total_windows - clip.kept_windows)
+        share = float((planned != clip.keep).mean())
+        self._add("windows unlike the planner's", "share", share, 0)
 
     def _compare_tokens(
         self, clip: EncodedClip, prompt: NDArray[np.int64], greedy: list[int]

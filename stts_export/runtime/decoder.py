@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
@@ -21,14 +21,36 @@ OnToken = Callable[[int], None]
 
 
 class Runner(Protocol):
-    """What a back end opens; see `engines.onnxruntime.Runner`."""
+    """What a back end opens: `engines.onnxruntime.Runner` or `engines.runner.Runner`.
+
+    It has arrays in a memory of its own, where graphs leave what the next graph takes: NumPy
+    arrays for ONNX Runtime, `engines.cuda.DeviceArray` for engines. Of both, slices of the first
+    axis are views.
+    """
+
+    updates_in_place: bool
+    """Whether a cache output lies where the input of it does; otherwise the two are apart."""
+    cache_capacity: int | None
+    """Tokens of a cache where the graph takes only one size; None where any size does."""
 
     def __call__(
-        self,
-        inputs: dict[str, NDArray[Any]],
-        in_place: dict[str, NDArray[Any]] | None = None,
-    ) -> dict[str, NDArray[Any]]:
-        """Run the graph on named arrays."""
+        self, inputs: dict[str, Any], in_place: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Run the graph on named arrays of the host or of its own memory.
+
+        Args:
+            inputs: all inputs.
+            in_place: outputs to write into arrays of its own memory.
+
+        Returns:
+            The other outputs on the host.
+        """
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Array of zeros in its own memory."""
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """Array of its own memory as a NumPy array."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +65,49 @@ class Continuation:
 
 
 class KVCache:
-    """Keys and values of one sequence, allocated once.
+    """Keys and values of one sequence in the runner's memory, allocated once.
 
     Per layer a key and a value, each (1, kv_heads, capacity, head_dim); rows at and after
-    `length` are zero or stale and are masked by the graph.
+    `length` are zero or stale and are masked by the graph. A graph that cannot write new rows in
+    place gets a second buffer, and the two change roles after each call.
+
+    Args:
+        runner: the `decoder` graph.
+        config: the model.
+        precision: of the graph.
+        capacity: most tokens; a graph that takes only one size gets that one.
     """
 
-    def __init__(self, config: ModelConfig, precision: Precision, capacity: int) -> None:
+    def __init__(
+        self, runner: Runner, config: ModelConfig, precision: Precision, capacity: int
+    ) -> None:
         text = config.text
+        capacity = runner.cache_capacity or capacity
         shape = (1, text.num_kv_heads, capacity, text.head_dim)
+        names = [
+            pair
+            for layer in range(text.num_layers)
+            for pair in zip(past_names(layer), present_names(layer), strict=True)
+        ]
         self.length = 0
-        self.past: dict[str, NDArray[Any]] = {}
-        self.present: dict[str, NDArray[Any]] = {}
-        for layer in range(text.num_layers):
-            for past, present in zip(past_names(layer), present_names(layer), strict=True):
-                # One buffer under both names: the graph writes new rows in place.
-                self.past[past] = self.present[present] = np.zeros(shape, ACTIVATION[precision])
+        self._names = names
+        self._has_two = not runner.updates_in_place
+        self.past = {past: runner.zeros(shape, ACTIVATION[precision]) for past, _ in names}
+        """What the graph reads, by input name."""
+        self.present = {
+            present: runner.zeros(shape, ACTIVATION[precision])
+            if self._has_two
+            else self.past[past]
+            for past, present in names
+        }
+        """Where the graph writes, by output name."""
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a call has written, and make what it wrote the next one's input."""
+        self.length += tokens
+        if self._has_two:
+            for past, present in self._names:
+                self.past[past], self.present[present] = self.present[present], self.past[past]
 
 
 def generate(
@@ -86,7 +135,7 @@ def generate(
         eos_ids: tokens that end the answer; the one that does is not part of the result.
         on_token: called with every new token as it is chosen.
     """
-    cache = KVCache(config, precision, len(ids) + max_new_tokens)
+    cache = KVCache(runner, config, precision, len(ids) + max_new_tokens)
     started = time.perf_counter()
     token = int(step(runner, cache, ids, groups, features).argmax())
     prefilled = time.perf_counter()
@@ -126,7 +175,7 @@ def step(
         "cache_position": np.array([cache.length], dtype=np.int64),
     }
     outputs = runner({**inputs, **cache.past}, cache.present)
-    cache.length += len(ids)
+    cache.advance(len(ids))
     logits: NDArray[np.float32] = outputs["logits"][0]
     if not np.isfinite(logits).all():
         raise InputError(

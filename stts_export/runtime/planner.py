@@ -178,6 +178,23 @@ def pack(keep: BoolArray, *, refill: bool = True) -> PackPlan:
     return PackPlan(gather.reshape(-1, windows), segment.reshape(-1, windows), kept_slot)
 
 
+def unpacked(keep: BoolArray, *, refill: bool = True) -> tuple[Int32Array, Int32Array]:
+    """Leave every frame where it is: a bin per frame, in which removed windows attend apart.
+
+    Gives the same features as `pack`: a slot's result depends only on the windows of its segment.
+
+    Args:
+        keep: (T, W).
+        refill: as in `pack`.
+
+    Returns:
+        segment (T, W) and kept_slot (K,), as in `PackPlan`.
+    """
+    context = _context(keep, place(keep.sum(axis=1), keep.shape[1]), refill)
+    frame = np.arange(len(keep), dtype=np.int32)[:, None]
+    return np.where(context, frame, np.int32(FREE)), np.flatnonzero(keep).astype(np.int32)
+
+
 def group_frames(keep: BoolArray, *, refill: bool = True) -> list[FrameGroup]:
     """Group frames by the number of windows they carry: the layout that needs no mask.
 

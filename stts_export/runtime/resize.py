@@ -8,12 +8,15 @@ bit. With more threads torch itself differs by one level in about one value of 1
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stts_export.errors import InputError
+
+if TYPE_CHECKING:
+    from stts_export.engines.cuda import DeviceArray
 
 _CHANNELS = 3
 
@@ -59,7 +62,7 @@ def resize_frames(frames: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[n
     return resized.reshape(*frames.shape[:-3], height, width, _CHANNELS)
 
 
-def check_frames(frames: NDArray[Any], *, dimensions: tuple[int, ...] = (4,)) -> None:
+def check_frames(frames: NDArray[Any] | DeviceArray, *, dimensions: tuple[int, ...] = (4,)) -> None:
     """Refuse anything but RGB frames.
 
     Raises:

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from stts_export.bundle import CONFIG_FOLDER, Bundle
 from stts_export.config import ModelConfig
+from stts_export.engines import cuda, onnxruntime
+from stts_export.engines.cuda import DeviceArray
+from stts_export.engines.runner import BACKENDS, Engines, backend_of, open_engines
 from stts_export.errors import InputError
 from stts_export.runtime import decoder, planner, vision
 from stts_export.runtime.prompt import (
@@ -26,13 +29,21 @@ from stts_export.runtime.prompt import (
 from stts_export.runtime.resize import check_frames, resize_frames
 from stts_export.runtime.tokenizer import eos_ids_of
 from stts_export.runtime.video import Progress, VideoClip, read_video
-from stts_export.tensors import DECODER, VISION_LOWER, VISION_UPPER_FRAMES
+from stts_export.tensors import (
+    DECODER,
+    GATHER_WINDOWS,
+    SELECT_PACK,
+    VISION_LOWER,
+    VISION_UPPER,
+    VISION_UPPER_FRAMES,
+)
 
 DEFAULT_FPS = 2.0
 """Frames per second assumed for arrays without timestamps: the model's own sampling rate."""
 
-Frames = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
-"""(T, H, W, 3) RGB, as one array or a list of T frames."""
+Frames = Any
+"""uint8 (T, H, W, 3) RGB: a NumPy array, a list of T frames, or anything with `__dlpack__` or
+`__cuda_array_interface__`."""
 TokenSequence = Sequence[int] | NDArray[np.integer[Any]]
 
 
@@ -40,7 +51,7 @@ TokenSequence = Sequence[int] | NDArray[np.integer[Any]]
 class _Request:
     """A clip to encode, checked."""
 
-    frames: NDArray[np.uint8]
+    frames: NDArray[np.uint8] | DeviceArray
     timestamps: NDArray[np.float64]
     prune_ratio: float
     count: int
@@ -103,10 +114,18 @@ class Session:
     """An opened bundle. Use it as a context manager; not safe to share between threads."""
 
     def __init__(
-        self, bundle: Bundle, runners: dict[str, decoder.Runner], prompts: PromptBuilder | None
+        self,
+        bundle: Bundle,
+        runners: dict[str, decoder.Runner],
+        prompts: PromptBuilder | None,
+        engines: Engines | None = None,
     ) -> None:
         self.bundle = bundle
-        self._runners = runners
+        self.runners = runners
+        """What runs, by graph; empty when closed."""
+        self.backend = engines.backend if engines else onnxruntime.NAME
+        """What runs the graphs."""
+        self._engines = engines
         self._prompts = prompts
         self._vocabulary = bundle.config.text.vocab_size + bundle.config.text.additional_vocab_size
         self._eos_ids = (
@@ -121,38 +140,48 @@ class Session:
         backend: str | None = None,
         device: str | None = None,
         threads: int | None = None,
+        plugin: str | Path | None = None,
     ) -> Session:
         """Open a bundle.
 
         Args:
             bundle: folder written by `stts-export build`.
-            backend: "onnxruntime"; the first one the bundle was built for when None.
-            device: "cpu" or "cuda"; the CPU when None.
-            threads: threads within an operator; all cores when None.
+            backend: "onnxruntime", "tensorrt" or "tensorrt-rtx"; the first one the bundle was
+                built for when None.
+            device: "cpu" or "cuda" for ONNX Runtime, the CPU when None; "cuda" or "cuda:N" for
+                engines, the first GPU when None.
+            threads: threads within an operator, all cores when None; not for engines.
+            plugin: library of plugins for tensorrt, in place of the one that would be found.
 
         Raises:
-            InputError: no bundle, a damaged one, or a back end it was not built for.
-            MissingDependencyError: the back end is not installed.
+            InputError: no bundle, a damaged one, or a back end or machine it was not built for.
+            MissingDependencyError: the back end, a driver or a GPU is not there.
         """
-        from stts_export.engines import onnxruntime
-
         opened = Bundle.open(Path(bundle))
-        targets = opened.manifest.targets
-        if (backend or targets[0]) not in targets:
-            raise InputError(
-                f"was not built for back end {backend!r}",
-                where=str(bundle),
-                allowed=" or ".join(targets),
-            )
-        runners: dict[str, decoder.Runner] = {
-            name: onnxruntime.open_graph(opened.graph(name), device=device, threads=threads)
-            for name in (VISION_LOWER, VISION_UPPER_FRAMES, DECODER)
-        }
         config_folder = opened.folder / CONFIG_FOLDER
         prompts = None
         if (config_folder / "tokenizer.json").exists():
             prompts = PromptBuilder.from_folder(config_folder, opened.config)
-        return Session(opened, runners, prompts)
+        chosen = _backend(opened, backend)
+        if chosen == onnxruntime.NAME:
+            if plugin is not None:
+                raise InputError(
+                    f"plugin {plugin}", where=chosen, allowed="plugins of tensorrt only"
+                )
+            runners: dict[str, decoder.Runner] = {
+                name: onnxruntime.open_graph(opened.graph(name), device=device, threads=threads)
+                for name in (VISION_LOWER, VISION_UPPER_FRAMES, DECODER)
+            }
+            return Session(opened, runners, prompts)
+        engines = open_engines(
+            opened.folder,
+            opened.manifest.targets,
+            chosen,
+            device=device,
+            threads=threads,
+            plugin=None if plugin is None else Path(plugin),
+        )
+        return Session(opened, dict(engines.runners), prompts, engines)
 
     def __enter__(self) -> Session:
         return self
@@ -166,8 +195,11 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Release the graphs; the session cannot be used afterwards."""
-        self._runners = {}
+        """Release graphs and memory; the session cannot be used afterwards."""
+        self.runners = {}
+        if self._engines is not None:
+            self._engines.close()
+            self._engines = None
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -209,8 +241,10 @@ class Session:
         """Run the vision side on one clip.
 
         Args:
-            frames: uint8 (T, H, W, 3) RGB at any size, as one array or a list of T frames, or what
-                `read_video` returned.
+            frames: uint8 (T, H, W, 3) RGB at any size: an array of NumPy or of any library with
+                DLPack, a list of T frames, or what `read_video` returned. In the memory of a GPU
+                (`__dlpack__` or `__cuda_array_interface__`) for engines only, and at the model's
+                size.
             prune_ratio: fraction of windows to remove, in [0, 1); the one the model was trained
                 with when None.
             timestamps: (T,) seconds, never descending, for the prompt; 2 frames per second are
@@ -232,11 +266,12 @@ class Session:
                 allowed=" or ".join(get_args(vision.Refill)),
             )
         request = self._request(frames, prune_ratio, timestamps, keep)
-        sized = resize_frames(request.frames, self.config.vision.image_size)
+        sized: NDArray[np.uint8] | DeviceArray = request.frames
+        if isinstance(sized, np.ndarray):
+            sized = resize_frames(sized, self.config.vision.image_size)
         resized = time.perf_counter()
         out = vision.encode(
-            self._runners[VISION_LOWER],
-            self._runners[VISION_UPPER_FRAMES],
+            self._vision_runners(),
             self.config.vision,
             self.bundle.manifest.precision,
             sized,
@@ -293,7 +328,7 @@ class Session:
             clip = self.encode(clip, prune_ratio)
         ids = self._compact_ids(prompt, clip, max_new_tokens)
         out = decoder.generate(
-            self._runners[DECODER],
+            self.runners[DECODER],
             self.config,
             self.bundle.manifest.precision,
             ids,
@@ -342,12 +377,23 @@ class Session:
         self._check_open()
         ids = self._compact_ids(prompt, clip, 1)
         precision = self.bundle.manifest.precision
-        cache = decoder.KVCache(self.config, precision, len(ids))
+        runner = self.runners[DECODER]
+        cache = decoder.KVCache(runner, self.config, precision, len(ids))
         groups = visual_groups(ids, self.config.tokens.visual)
-        return decoder.step(self._runners[DECODER], cache, ids, groups, clip.features)
+        return decoder.step(runner, cache, ids, groups, clip.features)
+
+    def _vision_runners(self) -> vision.Runners:
+        get = self.runners.get
+        return vision.Runners(
+            self.runners[VISION_LOWER],
+            upper_frames=get(VISION_UPPER_FRAMES),
+            upper=get(VISION_UPPER),
+            select_pack=get(SELECT_PACK),
+            gather_windows=get(GATHER_WINDOWS),
+        )
 
     def _check_open(self) -> None:
-        if not self._runners:
+        if not self.runners:
             raise InputError(
                 "the session is closed",
                 where=str(self.bundle.folder),
@@ -386,7 +432,7 @@ class Session:
         if isinstance(clip, VideoClip):
             timestamps = clip.timestamps if timestamps is None else timestamps
             clip = clip.frames
-        frames = _frame_array(clip)
+        frames = self._frame_array(clip)
         limit = self.bundle.manifest.limits.max_frames
         if len(frames) > limit:
             raise _too_many_frames(len(frames), limit)
@@ -406,6 +452,53 @@ class Session:
         count = int(mask.size - mask.sum())
         note = None if count else "nothing was removed: the given mask keeps everything"
         return _Request(frames, times, count / mask.size, count, mask, note)
+
+    def _frame_array(self, frames: object) -> NDArray[np.uint8] | DeviceArray:
+        """Return (T, height, width, 3), given as one array or as T of them."""
+        if isinstance(frames, (list, tuple)):
+            frames = _array(frames, "frames")
+        if isinstance(frames, np.ndarray):
+            check_frames(frames)
+            return frames
+        if cuda.is_on_device(frames):
+            return self._device_frames(frames)
+        if not hasattr(frames, "__dlpack__"):
+            raise InputError(
+                f"got {type(frames).__name__}",
+                where="frames",
+                allowed="uint8 (T, height, width, 3) in RGB order: a NumPy array, one with DLPack, "
+                "or what `read_video` returned",
+            )
+        try:
+            array: NDArray[Any] = np.from_dlpack(frames)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the {type(frames).__name__} cannot be read through DLPack: {error}",
+                where="frames",
+                fix="pass a NumPy array",
+            ) from None
+        check_frames(array)
+        return array
+
+    def _device_frames(self, frames: object) -> DeviceArray:
+        if self._engines is None:
+            raise InputError(
+                "the frames lie in the memory of a GPU",
+                where="frames",
+                allowed="frames on the host, for back end onnxruntime",
+                fix="copy them to the host, or open the bundle with backend='tensorrt'",
+            )
+        array = cuda.from_device(frames, self._engines.stream)
+        check_frames(array)
+        size = self.config.vision.image_size
+        if array.shape[1:3] != size:
+            raise InputError(
+                f"frames of {array.shape[1]} x {array.shape[2]} pixels in the memory of the GPU",
+                where="frames",
+                allowed=f"{size[0]} x {size[1]}, the model's size",
+                fix="resize them on the GPU, or pass frames on the host, which are resized here",
+            )
+        return array
 
     def _compact_ids(
         self,
@@ -493,6 +586,21 @@ class Session:
             )
 
 
+def _backend(bundle: Bundle, backend: str | None) -> str:
+    """Return the back end to open: the one asked for, or the first that was built for."""
+    built = list(dict.fromkeys(backend_of(target) for target in bundle.manifest.targets))
+    if (backend or built[0]) not in built:
+        raise InputError(
+            f"was not built for back end {backend!r}",
+            where=str(bundle.folder),
+            allowed=" or ".join(built),
+            fix=f"stts-export build {bundle.folder} -o NEW_BUNDLE --backend {backend}"
+            if backend in BACKENDS
+            else None,
+        )
+    return backend or built[0]
+
+
 def _is_text(prompt: object) -> bool:
     """A question or (role, text) turns, rather than token ids."""
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], tuple):
@@ -538,21 +646,6 @@ def _check_settings(clip: object, prune_ratio: float | None, max_frames: int | N
             where="generate",
             fix="give the limit to `read_video`, or pass the video file",
         )
-
-
-def _frame_array(frames: object) -> NDArray[np.uint8]:
-    """Return (T, height, width, 3), given as one array or as T of them."""
-    if isinstance(frames, (list, tuple)):
-        frames = _array(frames, "frames")
-    if not isinstance(frames, np.ndarray):
-        raise InputError(
-            f"got {type(frames).__name__}",
-            where="frames",
-            allowed="a NumPy array, uint8 (T, height, width, 3) in RGB order, or what `read_video` "
-            "returned",
-        )
-    check_frames(frames)
-    return frames
 
 
 def _timestamps(

@@ -1,12 +1,13 @@
 """The vision side of a session: lower, selection, upper; memory bounded by chunks.
 
-Axes: T frames, W windows, G patches of a window, D vision width, C decoder width, K kept windows.
+Axes: T frames, W windows, G patches of a window, D vision width, C decoder width, K kept windows,
+B bins.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,15 +18,27 @@ from stts_export.config import VisionConfig
 from stts_export.runtime import planner
 from stts_export.runtime.decoder import Runner
 from stts_export.tensors import ACTIVATION, Precision
+from stts_export.tensors import LOWER_CHUNK as LOWER_CHUNK
+from stts_export.tensors import UPPER_CHUNK as UPPER_CHUNK
 
 Refill = Literal["reference", "off"]
 OnProgress = Callable[[str, int, int], None]
 """(stage, done, total), called after every chunk."""
 
-LOWER_CHUNK = 8
-"""Frames per call of vision_lower."""
-UPPER_CHUNK = 8
-"""Bins' worth of windows per call of vision_upper."""
+
+@dataclass(frozen=True)
+class Runners:
+    """The graphs of the vision side: `upper_frames`, or `upper` with what fills its bins."""
+
+    lower: Runner
+    upper_frames: Runner | None = None
+    """Frames of equal window count, planned and gathered on the host."""
+    upper: Runner | None = None
+    """Bins with a segment mask; `hidden` does not leave the runners' memory."""
+    select_pack: Runner | None = None
+    """Selects and fills bins by itself."""
+    gather_windows: Runner | None = None
+    """Fills bins as planned on the host."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +56,10 @@ class VisionOutput:
 
 
 def encode(
-    lower: Runner,
-    upper: Runner,
+    runners: Runners,
     config: VisionConfig,
     precision: Precision,
-    frames: NDArray[np.uint8],
+    frames: Any,
     count: int,
     *,
     refill: Refill = "reference",
@@ -57,11 +69,11 @@ def encode(
     """Encode one clip.
 
     Args:
-        lower: the `vision_lower` graph.
-        upper: the `vision_upper-frames` graph.
+        runners: the graphs.
         config: the tower.
         precision: of the graphs.
-        frames: (T, height, width, 3) at the model's size.
+        frames: uint8 (T, height, width, 3) at the model's size, on the host or in the runners'
+            memory.
         count: windows to remove.
         refill: "reference" gives a frame that is alone in its bin its removed windows back as
             context; "off" runs on kept windows only.
@@ -69,64 +81,191 @@ def encode(
         on_progress: called after every chunk.
     """
     started = time.perf_counter()
-    hidden, scores = run_lower(lower, config, precision, frames, count == 0, on_progress)
+    hidden, scores = run_lower(runners.lower, config, precision, frames, count == 0, on_progress)
+    host_scores = None if scores is None else runners.lower.to_host(scores)
     lowered = time.perf_counter()
-    if count == 0:
+    by_graph = runners.select_pack and count > 0 and keep is None and refill == "reference"
+    bins: Bins | None = None
+    if by_graph:
+        assert runners.select_pack is not None
+        keep, bins = select_pack(runners.select_pack, scores, hidden, config, count)
+    elif count == 0:
         keep = np.ones((len(frames), config.windows), dtype=np.bool_)
     elif keep is None:
-        assert scores is not None
-        keep = planner.select(scores, count)
-    groups = planner.group_frames(keep, refill=refill == "reference")
-    planned = time.perf_counter()
-    features = run_upper(upper, hidden, groups, int(keep.sum()), config, on_progress)
+        assert host_scores is not None
+        keep = planner.select(host_scores, count)
+    if runners.upper_frames is not None:
+        groups = planner.group_frames(keep, refill=refill == "reference")
+        planned = time.perf_counter()
+        features = run_upper(
+            runners.upper_frames, hidden, groups, int(keep.sum()), config, on_progress
+        )
+    else:
+        assert runners.upper is not None
+        if bins is None:
+            bins = fill_bins(runners.gather_windows, hidden, keep, refill == "reference")
+        planned = time.perf_counter()
+        features = run_upper_bins(runners.upper, bins, config, on_progress)
     timings = {
         "vision_lower": lowered - started,
         "select": planned - lowered,
         "vision_upper": time.perf_counter() - planned,
     }
-    return VisionOutput(scores, keep, features, timings)
+    return VisionOutput(host_scores, keep, features, timings)
 
 
 def run_lower(
     runner: Runner,
     config: VisionConfig,
     precision: Precision,
-    frames: NDArray[np.uint8],
+    frames: Any,
     plain: bool,
     on_progress: OnProgress | None = None,
-) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+) -> tuple[Any, Any]:
     """Run vision_lower chunk by chunk; each chunk hands its last frame's view to the next.
 
     Args:
         runner: the graph.
         config: the tower.
         precision: of the graph.
-        frames: (T, height, width, 3).
+        frames: (T, height, width, 3), on the host or in the runner's memory.
         plain: nothing will be removed, so no frame gets a bias.
         on_progress: called after every chunk.
 
     Returns:
-        hidden (T, W*G, D); scores (T, W), None without a scorer.
+        In the runner's memory: hidden (T, W*G, D); scores (T, W), None without a scorer.
     """
     total, patches = len(frames), config.windows * config.patches_per_window
-    hidden = np.empty((total, patches, config.hidden_size), ACTIVATION[precision])
-    scores = np.empty((total, config.windows), np.float32) if config.pruning else None
+    hidden = runner.zeros((total, patches, config.hidden_size), ACTIVATION[precision])
+    scores = None
     fresh = np.full(total, plain)
     fresh[0] = True
-    pooled = np.zeros((1, config.windows, config.hidden_size), np.float32)
+    if config.pruning:
+        scores = runner.zeros((total, config.windows), np.float32)
+        seen, seen_next = (
+            runner.zeros((1, config.windows, config.hidden_size), np.float32) for _ in range(2)
+        )
     for start in range(0, total, LOWER_CHUNK):
         chunk = slice(start, min(start + LOWER_CHUNK, total))
-        inputs: dict[str, NDArray[Any]] = {"frames": frames[chunk]}
+        part = frames[chunk]
+        if isinstance(part, np.ndarray):
+            part = np.ascontiguousarray(part)
+        inputs: dict[str, Any] = {"frames": part}
+        outputs = {"hidden": hidden[chunk]}
         if scores is not None:
-            inputs |= {"fresh": fresh[chunk], "prev_pooled": pooled}
-        outputs = runner(inputs)
-        hidden[chunk] = outputs["hidden"]
-        if scores is not None:
-            scores[chunk] = outputs["scores"]
-            pooled = outputs["last_pooled"]
+            inputs |= {"fresh": fresh[chunk], "prev_pooled": seen}
+            outputs |= {"scores": scores[chunk], "last_pooled": seen_next}
+            seen, seen_next = seen_next, seen
+        runner(inputs, outputs)
         if on_progress:
             on_progress("vision_lower", chunk.stop, total)
     return hidden, scores
+
+
+@dataclass(frozen=True)
+class Bins:
+    """What vision_upper runs on, and where the features of kept windows are in its output."""
+
+    chunks: Iterator[tuple[Any, Any]]
+    """bins (b, W*G, D) and segment (b, W), up to `UPPER_CHUNK` bins at a time."""
+    count: int
+    """B."""
+    kept_slot: NDArray[np.int32]
+    """(K,) of B*W, frame-major."""
+
+
+def select_pack(
+    runner: Runner, scores: Any, hidden: Any, config: VisionConfig, count: int
+) -> tuple[NDArray[np.bool_], Bins]:
+    """Select, pack and gather by the graph of that name.
+
+    Args:
+        runner: the `select_pack` graph.
+        scores: (T, W) in its memory.
+        hidden: (T, W*G, D) in its memory.
+        config: the tower.
+        count: windows to remove.
+
+    Returns:
+        keep (T, W), and the bins in the runner's memory.
+    """
+    frames, windows = len(hidden), config.windows
+    kept_count = np.array([frames * windows - count], np.int64)
+    out = runner({"scores": scores, "hidden": hidden, "kept_count": kept_count})
+    keep = np.zeros(frames * windows, dtype=np.bool_)
+    keep[out["kept_window"]] = True
+    total = int(out["bin_count"])
+    chunks = ((out["bins"][chunk], out["segment"][chunk]) for chunk in _chunks(total))
+    return keep.reshape(frames, windows), Bins(chunks, total, out["kept_slot"])
+
+
+def fill_bins(
+    runner: Runner | None,
+    hidden: Any,
+    keep: NDArray[np.bool_],
+    refill: bool,
+) -> Bins:
+    """Plan on the host and gather by the graph `gather_windows`.
+
+    Args:
+        runner: the graph; None for a tower without a scorer, where every frame is left as its own
+            bin: the same features, with the removed windows in a segment of their own.
+        hidden: (T, W*G, D) in its memory.
+        keep: (T, W).
+        refill: as in `planner.pack`.
+    """
+    if runner is None or keep.all():
+        segment, kept_slot = planner.unpacked(keep, refill=refill)
+        whole = ((hidden[chunk], segment[chunk]) for chunk in _chunks(len(hidden)))
+        return Bins(whole, len(hidden), kept_slot)
+    plan = planner.pack(keep, refill=refill)
+    return Bins(_gathered(runner, hidden, plan), len(plan.segment), plan.kept_slot)
+
+
+def _gathered(runner: Runner, hidden: Any, plan: planner.PackPlan) -> Iterator[tuple[Any, Any]]:
+    total = len(plan.segment)
+    shape = (min(UPPER_CHUNK, total), *hidden.shape[1:])
+    bins = runner.zeros(shape, hidden.dtype)
+    for chunk in _chunks(total):
+        gather = plan.gather_window[chunk]
+        filled = bins[: len(gather)]
+        runner({"hidden": hidden, "gather_window": gather}, {"bins": filled})
+        yield filled, plan.segment[chunk]
+
+
+def _chunks(total: int) -> Iterator[slice]:
+    for start in range(0, total, UPPER_CHUNK):
+        yield slice(start, min(start + UPPER_CHUNK, total))
+
+
+def run_upper_bins(
+    runner: Runner, bins: Bins, config: VisionConfig, on_progress: OnProgress | None = None
+) -> NDArray[Any]:
+    """Run vision_upper on bins with a segment mask.
+
+    Args:
+        runner: the `vision_upper` graph.
+        bins: what it runs on.
+        config: the tower.
+        on_progress: called after every chunk.
+
+    Returns:
+        (K, C).
+    """
+    features: NDArray[Any] | None = None
+    done, total = 0, bins.count * config.windows
+    for chunk, segment in bins.chunks:
+        packed = runner({"bins": chunk, "segment": segment})["packed_features"]  # (b, W, C)
+        packed = packed.reshape(-1, packed.shape[-1])
+        if features is None:
+            features = np.empty((len(bins.kept_slot), packed.shape[-1]), packed.dtype)
+        row = np.flatnonzero((bins.kept_slot >= done) & (bins.kept_slot < done + len(packed)))
+        features[row] = packed[bins.kept_slot[row] - done]
+        done += len(packed)
+        if on_progress:
+            on_progress("vision_upper", done, total)
+    assert features is not None
+    return features
 
 
 def run_upper(

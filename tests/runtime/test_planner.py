@@ -136,3 +136,15 @@ def test_ratios_outside_the_range_are_refused(ratio: float):
     with pytest.raises(InputError, match="prune ratio") as error:
         planner.n_prune(81, 4, ratio)
     assert "0 <= ratio < 1" in str(error.value)
+
+
+def test_frames_that_stay_where_they_are():
+    keep = np.array([[1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0]], bool)
+    segment, kept_slot = planner.unpacked(keep, refill=False)
+    np.testing.assert_array_equal(segment, np.where(keep, np.arange(5)[:, None], planner.FREE))
+    np.testing.assert_array_equal(kept_slot, np.flatnonzero(keep))
+    refilled, _ = planner.unpacked(keep)
+    # Frames 1 and 3 share a bin; frame 4 is alone in its own and gets its third window back.
+    segment[4] = 4
+    np.testing.assert_array_equal(refilled, segment)
+    assert segment.dtype == kept_slot.dtype == np.int32

@@ -333,16 +333,61 @@ def test_ratios_outside_the_range(session: Session, ratio: Any):
         [np.zeros((84, 126, 3), np.uint8), np.zeros((84, 120, 3), np.uint8)],
         None,
         7,
-        torch.zeros((2, 84, 126, 3), dtype=torch.uint8),
+        torch.zeros((2, 84, 126, 3)),
     ],
     ids=[
         "none", "no time axis", "rgba", "float", "empty side", "empty list", "ragged", "None",
-        "number", "tensor",
+        "number", "float tensor",
     ],
 )  # fmt: skip
 def test_frames_of_a_wrong_kind(session: Session, frames: Any):
     with pytest.raises(InputError, match=r"uint8|differ in shape"):
         session.encode(frames, 0.5)
+
+
+def test_tensors_are_taken_through_dlpack(session: Session):
+    frames = random_frames(3)
+    clip = session.encode(torch.from_numpy(frames), 0.5)
+    np.testing.assert_array_equal(clip.features, session.encode(frames, 0.5).features)
+    flipped = torch.from_numpy(frames).transpose(1, 2)  # not contiguous
+    clip = session.encode(flipped, 0.5)
+    expected = session.encode(frames.swapaxes(1, 2).copy(), 0.5)
+    np.testing.assert_array_equal(clip.features, expected.features)
+
+
+class _OnDevice:
+    """Says what an array in the memory of a GPU says."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        _OnDevice(__dlpack_device__=lambda: (2, 0), __dlpack__=None),
+        _OnDevice(__cuda_array_interface__={"shape": (2, 84, 126, 3)}),
+    ],
+    ids=["dlpack", "array interface"],
+)
+def test_frames_on_a_gpu_need_engines(session: Session, frames: Any):
+    with pytest.raises(InputError, match="memory of a GPU") as error:
+        session.encode(frames, 0.5)
+    assert "onnxruntime" in str(error.value)
+
+
+def test_dlpack_that_cannot_be_read(session: Session):
+    def refuse(**_: Any) -> None:
+        raise BufferError("not today")
+
+    frames = _OnDevice(__dlpack_device__=lambda: (1, 0), __dlpack__=refuse)
+    with pytest.raises(InputError, match="cannot be read through DLPack"):
+        session.encode(frames, 0.5)
+
+
+def test_a_plugin_is_for_tensorrt(small_bundle: Path):
+    with pytest.raises(InputError, match="plugins of tensorrt only"):
+        Session.open(small_bundle, plugin="libstts_plugins.so")
 
 
 def test_more_frames_than_the_bundle_allows(session: Session):

@@ -1,0 +1,61 @@
+"""Engines built and run on this GPU against what ONNX Runtime computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stts_export import Session
+from stts_export.build import BuildSpec, bundle_from_bundle
+from stts_export.engines import cuda
+from stts_export.engines.tensorrt_rtx import TARGETS
+from stts_export.tensors import PRECISIONS, Precision
+from tests.gpu.checks import check_graph_capture, check_results
+from tests.gpu.kit import PRUNE_RATIOS, Expected
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+
+@pytest.fixture(scope="module", params=list(_MODULES))
+def backend(request: pytest.FixtureRequest, _gpu: None) -> str:
+    name: str = request.param
+    if find_spec(_MODULES[name]) is None:
+        pytest.skip(f"needs the Python package {_MODULES[name]}")
+    target = "sm{}{}".format(*cuda.compute_capability())
+    if name == "tensorrt-rtx" and target not in TARGETS:
+        pytest.skip(f"TensorRT for RTX does not build for {target}")
+    return name
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def built(
+    request: pytest.FixtureRequest,
+    backend: str,
+    kit: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Expected]:
+    """Bundle with engines for this GPU, and what to expect of it."""
+    precision: Precision = request.param
+    bundle = tmp_path_factory.mktemp("built") / f"{backend}-{precision}"
+    bundle_from_bundle(kit / f"golden-{precision}", bundle, BuildSpec(backends=(backend,)))
+    with np.load(kit / f"golden-{precision}.npz") as stored:
+        return bundle, dict(stored)
+
+
+@pytest.fixture(scope="module")
+def session(built: tuple[Path, Expected], backend: str) -> Iterator[Session]:
+    with Session.open(built[0], backend=backend) as session:
+        yield session
+
+
+@pytest.mark.parametrize("ratio", PRUNE_RATIOS)
+def test_engines_equal_onnxruntime(session: Session, built: tuple[Path, Expected], ratio: float):
+    check_results(session, built[1], ratio)
+
+
+def test_cuda_graphs_replay_what_a_call_computes(session: Session):
+    check_graph_capture(session)
