@@ -1,4 +1,10 @@
-"""Time the plugin's kernels on a GPU: beside a plain device copy, PyTorch and the vision tower."""
+"""Time the plugin's kernels on a GPU: beside a plain device copy, PyTorch and the vision tower.
+
+    cmake --preset gpu && cmake --build --preset gpu
+    python benchmarks/bench_plugin.py --bundle BUNDLE --json out.json
+
+See README.md. Needs a GPU; without --bundle, neither TensorRT nor a model.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks`, which is not installed
 
 from benchmarks.harness.clips import moving_clip
 from benchmarks.harness.timing import machine
@@ -176,7 +184,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     build = Path(__file__).parents[1] / "build" / "gpu"
     parser.add_argument(
         "--program", type=Path, default=build / "select_pack_device",

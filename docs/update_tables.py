@@ -2,8 +2,8 @@
 
     python docs/update_tables.py [--check]
 
-Numbers are never typed: the accuracy table comes from `stts-export eval`, the speed table from
-`benchmarks/bench_prune.py`.
+Numbers are never typed: the accuracy table comes from `stts-export eval`, the others from the
+benchmarks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ README = ROOT / "README.md"
 TRAINING = ROOT / "examples" / "demo_checkpoint" / "training.json"
 ACCURACY = ROOT / "benchmarks" / "results" / "demo_accuracy.json"
 SPEED = ROOT / "benchmarks" / "results" / "bench_prune_cpu.json"
+ENGINES = ROOT / "benchmarks" / "results" / "engine_build_cpu.json"
 TYPES = ("colour", "count", "direction", "order", "shape", "all")
 
 
@@ -74,11 +75,34 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def engines_table() -> str:
+    """Time, memory and size of building engines."""
+    results = json.loads(ENGINES.read_text(encoding="utf-8"))
+    lines = ["| engine | seconds | CPU seconds | peak memory | file |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['graph']} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} | "
+        f"{row['peak_gb']:.1f} GB | {row['engine_bytes'] / 1e6:.0f} MB |"
+        for row in results["rows"]
+    ]
+    machine, settings = results["machine"], results["settings"]
+    lines.append("")
+    lines.append(
+        f"{settings['precision']}, {settings['target']}, clips of up to {settings['max_frames']} "
+        f"frames; TensorRT for RTX {machine['tensorrt_rtx']} on {machine['cpu']}, "
+        f"{machine['cores']} cores at load {machine['load_average'][0]:g}. `{results['command']}`."
+    )
+    return "\n".join(lines)
+
+
 def _row(rows: list[dict[str, Any]], frames: int, ratio: float) -> dict[str, Any]:
     return next(r for r in rows if (r["frames"], r["prune_ratio"]) == (frames, ratio))
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy_table, "speed": speed_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy_table,
+    "speed": speed_table,
+    "engines": engines_table,
+}
 
 
 def updated(text: str) -> str:

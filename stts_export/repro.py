@@ -147,7 +147,9 @@ def check_folder(folder: Path) -> None:
         importlib.import_module("polygraphy")
     except ImportError as error:
         raise MissingDependencyError(
-            f"needs polygraphy ({error})", where="--keep-repro", fix="pip install polygraphy"
+            f"needs polygraphy ({error})",
+            where="--keep-repro",
+            fix="pip install 'polygraphy>=0.53'",
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -16,10 +17,21 @@ from stts_export.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TENSORRT = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+DOCUMENTS = [
+    path
+    for folder in (".", "docs", "benchmarks", "trt_plugins")
+    for path in ROOT.glob(f"{folder}/*.md")
+]
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def _blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def _commands(text: str) -> list[list[str]]:
+    blocks = _blocks("bash", text)
+    return [shlex.split(line) for block in blocks for line in block.splitlines() if line]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +65,7 @@ def test_readme_commands_and_example_run(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(workplace)
-    commands = [
-        shlex.split(line) for block in _blocks("bash") for line in block.splitlines() if line
-    ]
+    commands = _commands(README)
     assert {command[1] for command in commands} == {"build", "inspect", "run", "verify"}
     for command in commands:
         assert command[0] == "stts-export"
@@ -70,10 +80,34 @@ def test_readme_commands_and_example_run(
     assert all(re.fullmatch(r"\w+ \d+/\d+ windows", line) for line in printed)
 
 
+def test_commands_of_the_tensorrt_guide_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(workplace)
+    commands = _commands(TENSORRT)
+    assert len(commands) == 3
+    for command in commands:
+        assert command[0] == "stts-export"
+        assert main(command[1:]) == 0, (command, capsys.readouterr().err)
+    shown = capsys.readouterr().out
+    assert "vision_upper engine, tensorrt-rtx" in shown
+    assert "for sm120" in shown
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+    for text in (path.read_text(encoding="utf-8") for path in DOCUMENTS):
+        for target in re.findall(r"(?:^ *|`)make ([\w-]+)", text, flags=re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_cmake_presets_exist():
+    presets = json.loads((ROOT / "CMakePresets.json").read_text(encoding="utf-8"))
+    known = {
+        preset["name"] for kind in ("configure", "test") for preset in presets[f"{kind}Presets"]
+    }
+    for text in (path.read_text(encoding="utf-8") for path in DOCUMENTS):
+        assert set(re.findall(r"--preset (\w[\w-]*)", text)) <= known
 
 
 def test_tables_come_from_recorded_results():
@@ -88,13 +122,15 @@ def test_ci_runs_the_readme_s_test_command():
     assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))
+@pytest.mark.parametrize("document", sorted(DOCUMENTS))
 def test_links_and_named_files_exist(document: Path):
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / target).exists(), target
-    for name in re.findall(r"`((?:stts_export|docs|tests|benchmarks|configs)/[\w./-]+)`", text):
-        assert (ROOT / name).exists(), name
+    for name in re.findall(
+        r"`((?:stts_export|docs|tests|benchmarks|configs|trt_plugins)/[\w./-]+)`", text
+    ):
+        assert (ROOT / name).exists() or (document.parent / name).exists(), name
 
 
 def test_every_extra_in_the_readme_is_defined():
@@ -102,7 +138,7 @@ def test_every_extra_in_the_readme_is_defined():
     assert extras is not None
     named = {
         extra
-        for group in re.findall(r"stts-export\[([\w,-]+)\]", README)
+        for group in re.findall(r"stts-export\[([\w,-]+)\]", README + TENSORRT)
         for extra in group.split(",")
     }
     assert named <= set(extras)

@@ -118,7 +118,7 @@ def test_without_polygraphy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     uninstall(monkeypatch, "polygraphy")
     with pytest.raises(MissingDependencyError, match="needs polygraphy") as error:
         check_folder(tmp_path / "new")
-    assert "pip install polygraphy" in str(error.value)
+    assert "pip install 'polygraphy>=0.53" in str(error.value)
 
 
 def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path, small_bundle: Path):

@@ -39,8 +39,7 @@ def find_plugin(given: Path | None = None, bundle: Path | None = None) -> Path:
             or is of another version.
         MissingDependencyError: there is none.
     """
-    variable = os.environ.get(PLUGIN_VARIABLE)
-    chosen = given or (Path(variable) if variable else None)
+    chosen = _chosen(given)
     if chosen is not None:
         source = "--plugin" if given else PLUGIN_VARIABLE
         if not chosen.is_file():
@@ -53,6 +52,12 @@ def find_plugin(given: Path | None = None, bundle: Path | None = None) -> Path:
     raise MissingDependencyError(
         f"{PLUGIN_FILE} is not there", where="tensorrt", allowed=_listed(places), fix=_HOW
     )
+
+
+def _chosen(given: Path | None) -> Path | None:
+    """What the caller or the environment names."""
+    variable = os.environ.get(PLUGIN_VARIABLE)
+    return given or (Path(variable) if variable else None)
 
 
 def _listed(places: list[Path]) -> str:
@@ -118,9 +123,12 @@ def load_plugin(trt: Any, given: Path | None = None, bundle: Path | None = None)
         MissingDependencyError: there is no library.
     """
     registry = trt.get_plugin_registry()
-    if _known(registry):
+    known = _known(registry)
+    if known and _chosen(given) is None:
         return
-    path = find_plugin(given, bundle)
+    path = find_plugin(given, bundle)  # what was named is checked in any case
+    if known:
+        return
     try:
         loaded = registry.load_library(str(path))
     except Exception as error:  # the bindings raise what their C++ side threw

@@ -110,3 +110,9 @@ def test_a_library_that_tensorrt_refuses(trt: ModuleType, tmp_path: Path):
     library = _library(tmp_path / "given", exports=False)
     with pytest.raises(InputError, match=f"brings no plugin .* to TensorRT {trt.__version__}"):
         load_plugin(trt, library)
+
+
+def test_what_is_named_is_checked_when_one_is_loaded_already(trt: ModuleType, tmp_path: Path):
+    load_plugin(trt, _library(tmp_path / "first"))
+    with pytest.raises(InputError, match=r"none\.so: is no file"):
+        load_plugin(trt, tmp_path / "none.so")
