@@ -31,6 +31,7 @@ from stts_export.config import ModelConfig
 from stts_export.engines import tensorrt_rtx
 from stts_export.engines.network import EngineJob
 from stts_export.engines.worker import run_job
+from stts_export.files import write_json
 from stts_export.tensors import (
     VISION_LOWER,
     VISION_UPPER,
@@ -148,8 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = run(args, shlex.join(["python", "benchmarks/bench_engine_build.py", *given]))
     print(render(results))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, results)
     held = all(row[name] <= limit for row in results["rows"] for name, limit in LIMITS.items())
     return 0 if held else 1
 

@@ -25,6 +25,7 @@ from benchmarks.harness.clips import moving_clip
 from benchmarks.harness.timing import machine
 from stts_export.engines import cuda
 from stts_export.errors import SttsError
+from stts_export.files import write_json
 from stts_export.runtime import planner
 
 WINDOWS, WINDOW_BYTES = 81, 9 * 1152 * 2
@@ -225,8 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(render(results))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, results)
     return 0
 
 

@@ -33,6 +33,7 @@ from benchmarks.harness.model import graphs, model_config
 from benchmarks.harness.timing import cpu_time, machine, summary
 from stts_export.config import ModelConfig
 from stts_export.engines import onnxruntime
+from stts_export.files import write_json
 from stts_export.runtime import decoder, planner, vision
 from stts_export.runtime.prompt import visual_groups
 from stts_export.tensors import (
@@ -665,8 +666,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = run(_settings(args), args.cache, command, say)
     print(render(results))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, results)
     return 0
 
 

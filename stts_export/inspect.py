@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stts_export.bundle import CONFIG_FOLDER, WITHOUT_WEIGHTS, Bundle
-from stts_export.engines.engine_set import EngineInfo, EngineSet, range_json, tensor_json
+from stts_export.engines.engine_set import EngineSet, engine_json, tensor_json
 from stts_export.files import readable_size
 from stts_export.tensors import DATA_FILE, graph_specs
 
@@ -68,23 +68,9 @@ def _engines(engines: EngineSet) -> dict[str, Any]:
         "version": engines.version,
         "target": engines.target,
         "engines": {
-            name: _engine(engine, engines.path(name)) for name, engine in engines.engines.items()
+            name: {**engine_json(engine), "bytes": engines.path(name).stat().st_size}
+            for name, engine in engines.engines.items()
         },
-    }
-
-
-def _engine(engine: EngineInfo, file: Path) -> dict[str, Any]:
-    return {
-        "file": engine.file,
-        "graph": engine.graph,
-        "bytes": file.stat().st_size,
-        "inputs": [tensor_json(tensor) for tensor in engine.inputs],
-        "outputs": [tensor_json(tensor) for tensor in engine.outputs],
-        "profiles": [
-            {name: range_json(value) for name, value in profile.items()}
-            for profile in engine.profiles
-        ],
-        "command": engine.command,
     }
 
 

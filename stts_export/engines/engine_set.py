@@ -63,7 +63,7 @@ class EngineSet:
                 "backend": self.backend,
                 "version": self.version,
                 "target": self.target,
-                "engines": {name: _engine_json(engine) for name, engine in self.engines.items()},
+                "engines": {name: engine_json(engine) for name, engine in self.engines.items()},
             },
         )
 
@@ -100,7 +100,7 @@ def folder_name(backend: str, version: str, target: str) -> str:
     return f"{backend}-{'.'.join(version.split('.')[:3])}-{target}"
 
 
-def range_json(value: Range) -> dict[str, list[int]]:
+def _range_json(value: Range) -> dict[str, list[int]]:
     """Plain values of a range."""
     return {"min": list(value.min), "opt": list(value.opt), "max": list(value.max)}
 
@@ -113,14 +113,15 @@ def tensor_json(tensor: TensorSpec) -> dict[str, Any]:
     return {**values, "is_shape": True} if tensor.is_shape else values
 
 
-def _engine_json(engine: EngineInfo) -> dict[str, Any]:
+def engine_json(engine: EngineInfo) -> dict[str, Any]:
+    """Plain values of an engine's description."""
     return {
         "file": engine.file,
         "graph": engine.graph,
         "inputs": [tensor_json(tensor) for tensor in engine.inputs],
         "outputs": [tensor_json(tensor) for tensor in engine.outputs],
         "profiles": [
-            {name: range_json(value) for name, value in profile.items()}
+            {name: _range_json(value) for name, value in profile.items()}
             for profile in engine.profiles
         ],
         "command": engine.command,
