@@ -142,11 +142,11 @@ def run(args: argparse.Namespace, command: str, say: Callable[[str], None]) -> d
     if args.bundle:
         say("vision tower")
         results["tower"] = tower_ms(args.bundle, args.backend, args.frames, args.tower_repeats)
-    results["outcomes"] = _outcomes(results)
+    results["outcomes"] = outcomes(results)
     return results
 
 
-def _outcomes(results: dict[str, Any]) -> dict[str, Any]:
+def outcomes(results: dict[str, Any]) -> dict[str, Any]:
     """Targets beside what was reached; None where the run has no such case."""
     kernels = {row["frames"]: row for row in results["kernels"]}
     tower = {row["frames"]: row for row in results["tower"]}
