@@ -71,6 +71,7 @@ plugin: $(STAMP)
 
 # build/aarch64/libstts_plugins.so, on another machine's processor
 plugin-aarch64: $(STAMP)
+	rm -rf build/wheels
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
 	    --only-binary=:all: $(AARCH64_TAGS) --dest build/wheels 'nvidia-cuda-runtime==13.0.*'
 	$(BIN)/python -m zipfile -e build/wheels/nvidia_cuda_runtime-13.0.*_aarch64.whl build/wheels/aarch64
@@ -80,7 +81,7 @@ plugin-aarch64: $(STAMP)
 	cmake --build --preset aarch64 --parallel $(JOBS)
 
 test-gpu:
-	$(GPU_PYTHON) -m pytest tests/gpu -rs --confcutdir=tests/gpu
+	$(GPU_PYTHON) -m pytest tests/gpu -rs --confcutdir=tests/gpu -W default
 
 # What `make test-gpu` compares with, for a machine that cannot make it: copy build/gpu_kit there.
 gpu-kit: $(STAMP)

@@ -12,15 +12,16 @@ function(stts_find_nvcc)
     file(GLOB _wheels
          "$ENV{VIRTUAL_ENV}/lib/python3*/site-packages/nvidia/cu1[3-9]/bin"
          "${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu1[3-9]/bin")
-    find_program(STTS_NVCC nvcc HINTS ENV CUDA_PATH ENV CUDA_HOME PATH_SUFFIXES bin NO_CACHE
-                 NO_CMAKE_FIND_ROOT_PATH)
+    find_program(STTS_NVCC nvcc NO_CACHE NO_CMAKE_FIND_ROOT_PATH)
     if(NOT STTS_NVCC)
-        find_program(STTS_NVCC nvcc PATHS /usr/local/cuda/bin /opt/cuda/bin ${_wheels} NO_CACHE
-                     NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH)
+        find_program(STTS_NVCC nvcc
+                     PATHS "$ENV{CUDA_PATH}/bin" "$ENV{CUDA_HOME}/bin" /usr/local/cuda/bin
+                           /opt/cuda/bin ${_wheels}
+                     NO_CACHE NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH)
     endif()
     if(NOT STTS_NVCC)
         message(FATAL_ERROR
-            "nvcc not found: looked at CUDACXX, PATH, CUDA_PATH, /usr/local/cuda and the virtual "
+            "nvcc not found: looked at CUDACXX, PATH, CUDA_PATH, CUDA_HOME, /usr/local/cuda and the virtual "
             "environment ($VIRTUAL_ENV or .venv).\n"
             "Fix: install CUDA 12.6 or newer, or pip install -e '.[plugin]' in a virtual "
             "environment, or configure the host tests alone: cmake --preset tests")

@@ -44,11 +44,16 @@ def test_a_run_and_its_table(
 
 
 def test_outcomes_put_what_was_reached_beside_the_targets():
-    kernels = [{"frames": 128, "bandwidth_of_copy": 0.9, "select_pack_ms": 0.5}]
-    tower = [{"frames": 128, "pruned_ms": 100.0}]
-    outcomes = bench_plugin.outcomes({"kernels": kernels, "tower": tower})
+    results = {
+        "settings": {"tower_window_bytes": bench_plugin.WINDOW_BYTES},
+        "kernels": [{"frames": 128, "bandwidth_of_copy": 0.9, "plan_ms": 0.5}],
+        "tower": [{"frames": 128, "pruned_ms": 100.0}],
+    }
+    outcomes = bench_plugin.outcomes(results)
     assert outcomes["bandwidth_of_copy_at_128_frames"] == {"target": 0.8, "got": 0.9}
     assert outcomes["share_of_tower_at_128_frames"] == {"target": 0.01, "got": 0.005}
+    results["settings"] = {"tower_window_bytes": 1728}  # of another tower
+    assert bench_plugin.outcomes(results)["share_of_tower_at_128_frames"]["got"] is None
 
 
 def test_without_the_program_or_a_gpu(

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stts_export import Session, __version__
-from stts_export.files import write_json
+from stts_export.files import json_object, write_json
 from stts_export.probe import moving_clip
 from stts_export.tensors import PRECISIONS
 
+KIT_FILE = "kit.json"
 CLIP_FRAMES = 12
 PRUNE_RATIOS = (0.0, 0.3, 0.5, 0.8)
 NEW_TOKENS = 8
@@ -68,7 +69,13 @@ def make_kit(folder: Path) -> None:
         bundle = folder / f"golden-{precision}"
         bundle_from_checkpoint(GOLDEN, bundle, BuildSpec(precision=precision), force=True)
         np.savez(folder / f"golden-{precision}.npz", allow_pickle=False, **record(bundle))
-    write_json(folder / "kit.json", {"stts_export": __version__})
+    write_json(folder / KIT_FILE, {"stts_export": __version__})
+
+
+def kit_version(folder: Path) -> str | None:
+    """The version of stts-export that made a kit; None where there is none."""
+    file = folder / KIT_FILE
+    return str(json_object(file).get("stts_export")) if file.is_file() else None
 
 
 def main() -> None:

@@ -25,6 +25,8 @@ def backend(request: pytest.FixtureRequest, _gpu: None) -> str:
     name: str = request.param
     if find_spec(_MODULES[name]) is None:
         pytest.skip(f"needs the Python package {_MODULES[name]}")
+    if find_spec("cuda") is None:
+        pytest.skip("needs cuda-python")
     target = "sm{}{}".format(*cuda.compute_capability())
     if name == "tensorrt-rtx" and target not in TARGETS:
         pytest.skip(f"TensorRT for RTX does not build for {target}")
@@ -36,12 +38,15 @@ def built(
     request: pytest.FixtureRequest,
     backend: str,
     kit: Path,
+    plugin: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Expected]:
     """Bundle with engines for this GPU, and what to expect of it."""
     precision: Precision = request.param
     bundle = tmp_path_factory.mktemp("built") / f"{backend}-{precision}"
-    bundle_from_bundle(kit / f"golden-{precision}", bundle, BuildSpec(backends=(backend,)))
+    used = plugin if backend == "tensorrt" else None
+    spec = BuildSpec(backends=(backend,), plugin=used)
+    bundle_from_bundle(kit / f"golden-{precision}", bundle, spec)
     with np.load(kit / f"golden-{precision}.npz") as stored:
         return bundle, dict(stored)
 

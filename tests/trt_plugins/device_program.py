@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -14,9 +15,16 @@ from numpy.typing import NDArray
 from tests.trt_plugins.clips import Clip, differences
 from tests.trt_plugins.cpu_plugin import Packed
 
+_TIMEOUT = 300
+"""Seconds: a kernel that hangs must not hang the tests."""
+
 
 def check_clips(
-    command: Sequence[str | Path], folder: Path, clips: Sequence[tuple[Clip, int]]
+    command: Sequence[str | Path],
+    folder: Path,
+    clips: Sequence[tuple[Clip, int]],
+    *,
+    poison: bool = True,
 ) -> None:
     """Run the program on clips with random hidden tokens, and compare with the host planner.
 
@@ -24,6 +32,7 @@ def check_clips(
         command: the program, and what it runs under.
         folder: for its files.
         clips: each with the bytes of a window, an even number.
+        poison: fill device memory first, so that what is not written shows in the results.
     """
     rng = np.random.default_rng(len(clips))
     hidden = [
@@ -35,7 +44,8 @@ def check_clips(
             file.write(clip.scores.tobytes() + rows.tobytes())
     done = subprocess.run(
         [*map(str, command), "run", str(folder / "cases"), str(folder / "results")],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, timeout=_TIMEOUT,
+        env=os.environ | ({} if poison else {"STTS_NO_POISON": "1"}),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     with (folder / "results").open("rb") as file:

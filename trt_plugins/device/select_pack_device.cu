@@ -4,6 +4,9 @@
 //   select_pack_device run CASES RESULTS     compute every case of a file
 //   select_pack_device time T W WINDOW_BYTES K REPEATS     print medians as JSON
 //
+// Memory is poisoned first, unless STTS_NO_POISON is set: compute-sanitizer's initcheck would take
+// the poison for an initialisation.
+//
 // CASES:   per case int32 {T, W, window_bytes, K, refill}, f32 scores (T, W), hidden (T, W, bytes)
 // RESULTS: per case int32 B, bins (B, W, bytes), i32 segment (B, W), kept_slot (K), kept_window (K)
 // Both little-endian, without padding.
@@ -29,7 +32,7 @@ namespace {
 using stts::SelectPackShape;
 using stts::SelectPackTensors;
 
-constexpr int kPoison = 0xA5;  // in every byte of the outputs before a run
+constexpr int kPoison = 0xA5;  // in every byte of device memory before a run
 
 void check(cudaError_t status, const char* call) {
     if (status != cudaSuccess) {
@@ -42,8 +45,10 @@ void check(cudaError_t status, const char* call) {
 class Buffer {
   public:
     explicit Buffer(size_t bytes) : bytes_(bytes) {
-        STTS_CHECK(cudaMalloc(&data_, std::max<size_t>(bytes, 1)));
-        STTS_CHECK(cudaMemset(data_, kPoison, std::max<size_t>(bytes, 1)));
+        const size_t allocated = std::max<size_t>(bytes, 1);
+        STTS_CHECK(cudaMalloc(&data_, allocated));
+        static const bool poisons = std::getenv("STTS_NO_POISON") == nullptr;
+        if (poisons) STTS_CHECK(cudaMemset(data_, kPoison, allocated));
     }
     ~Buffer() { cudaFree(data_); }
     Buffer(const Buffer&) = delete;
@@ -204,7 +209,7 @@ void time(const SelectPackShape& shape, int repeats) {
     Events events;
     std::vector<float> plan, gather, both, copy;
     int32_t bins = 0;
-    size_t copied = 0;  // bytes that the plain copy reads: as many as the gather reads
+    size_t copied = 0;  // bytes that the plain copy writes: as many as the gather writes
     for (int repeat = -static_cast<int>(clips.size()); repeat < repeats; ++repeat) {
         const Clip& clip =
             *clips[static_cast<size_t>(repeat + 64 * static_cast<int>(clips.size())) %
