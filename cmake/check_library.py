@@ -2,7 +2,7 @@
 """Checks a built libstts_plugins.so: GPU code for every architecture, exports, needed libraries.
 
     check_library.py --cubins 80,87 --ptx 87 --exports a,b --max GLIBC=2.35 libstts_plugins.so
-    check_library.py --print libstts_plugins.so
+    check_library.py libstts_plugins.so
 
 Reads the ELF file itself, so that a cross-built library is checked without the target's tools.
 Exit status: 0 all as asked, 1 something is not (each on one line), 2 wrong usage.
@@ -218,12 +218,11 @@ def main() -> int:
     parser.add_argument("--ptx", type=_numbers, help="architectures with PTX")
     parser.add_argument("--exports", type=_names, help="exactly these symbols")
     parser.add_argument("--max", type=_limit, action="append", default=[], metavar="GLIBC=2.35")
-    parser.add_argument("--print", action="store_true", help="only say what is in it")
     parser.add_argument("--delete-on-failure", action="store_true")
     arguments = parser.parse_args()
     try:
         library = read_library(arguments.library)
-        found = [] if arguments.print else list(problems(library, arguments))
+        found = list(problems(library, arguments))
     except (OSError, LibraryError) as error:
         found = [str(error)]
     for line in found:

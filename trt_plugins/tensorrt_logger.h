@@ -1,6 +1,7 @@
-// ILogger and ILoggerFinder of TensorRT 10 and of TensorRT 11, which put two virtual functions in
-// front of theirs. A library that serves both declares both, and asks the running TensorRT which
-// generation it is. tests/plugin_log_test.cpp holds these against the real headers.
+// ILogger and ILoggerFinder of TensorRT 10 and of TensorRT 11, which derives them from
+// IVersionedInterface: its virtual functions, the destructor among them, come before theirs. A
+// library that serves both declares both, and asks the running TensorRT which generation it is.
+// tests/plugin_log_test.cpp holds these against the real headers.
 //
 // Not in an anonymous namespace: there the compiler could see that nothing derives from them, and
 // would call the pure virtual functions.

@@ -15,6 +15,9 @@ import numpy as np
 from tests.trt_plugins.clips import Clip, awkward_clips, differences, random_clip
 from tests.trt_plugins.cpu_plugin import CpuPlugin, PluginError
 
+_SHIFTS = ((0, 0), (1, 0), (0, 1), (2, 4))
+"""Values by which hidden and bins begin later than at an aligned address."""
+
 
 def compare(plugin: CpuPlugin) -> Iterator[str]:
     """What is wrong, clip by clip."""
@@ -26,7 +29,8 @@ def compare(plugin: CpuPlugin) -> Iterator[str]:
         plugin.schedule(number)
         for threads in (32, 256):
             yield from _wrong(plugin, clip, threads)
-        yield from _wrong_bins(plugin, clip, rng)
+        for hidden_shift, bins_shift in _SHIFTS:
+            yield from _wrong_bins(plugin, clip, rng, hidden_shift, bins_shift)
 
 
 def _wrong(plugin: CpuPlugin, clip: Clip, threads: int | None = None) -> Iterator[str]:
@@ -35,12 +39,17 @@ def _wrong(plugin: CpuPlugin, clip: Clip, threads: int | None = None) -> Iterato
         yield f"{name} of {clip}, {threads or 'serial'}"
 
 
-def _wrong_bins(plugin: CpuPlugin, clip: Clip, rng: np.random.Generator) -> Iterator[str]:
+def _wrong_bins(
+    plugin: CpuPlugin, clip: Clip, rng: np.random.Generator, hidden_shift: int, bins_shift: int
+) -> Iterator[str]:
     frames, windows = clip.scores.shape
     hidden = rng.normal(size=(frames, windows * 2, 12)).astype(np.float16)
-    packed = plugin.select_pack(clip.scores, hidden, clip.kept, refill=clip.refill)
+    packed = plugin.select_pack(
+        clip.scores, hidden, clip.kept, refill=clip.refill,
+        hidden_shift=hidden_shift, bins_shift=bins_shift,
+    )  # fmt: skip
     for name in differences(packed, clip, hidden):
-        yield f"{name} of {clip}, whole plugin"
+        yield f"{name} of {clip}, whole plugin, shifted by {hidden_shift} and {bins_shift}"
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parents[2] / "trt_plugins"
 LIBRARY = "libstts_emulated_plugin.so"
 
-_UNITS = (
+UNITS = (
     "plugin_library.cpp",
     "plugin_log.cpp",
     "select_pack/select_pack_creator.cpp",
@@ -42,7 +42,7 @@ def build_cpu_library(out_dir: Path, source_root: Path = SOURCES) -> Path:
         RuntimeError: there is no C++ compiler, or it refuses the sources.
     """
     library = out_dir / LIBRARY
-    units = [str(source_root / unit) for unit in _UNITS]
+    units = [str(source_root / unit) for unit in UNITS]
     _compile(source_root, ["-shared", "-fvisibility=hidden", *units], library)
     return library
 

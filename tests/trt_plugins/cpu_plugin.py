@@ -6,6 +6,7 @@ Axes: T frames, W windows of a frame, K kept windows, B bins of W slots, D width
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,15 @@ from numpy.typing import NDArray
 
 from stts_export.runtime.planner import Float32Array, Int32Array
 
+GUARD_DAMAGED = -3
+"""Status when something was written outside of the workspace or of an output."""
+
 HIDDEN_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 UNTOUCHED = -7
-"""In every integer of the outputs before a run."""
+"""In every value of the outputs, and of the guards around them, before a run."""
+
+_GUARD = 64
+"""Values on either side of an output: with any type, it begins 16 bytes aligned."""
 
 
 class _PlanInput(ctypes.Structure):
@@ -59,6 +66,33 @@ class Packed:
     """(B, W): window of a slot, -1 for free slots; of a plan alone."""
     bins: NDArray[Any] | None = None
     """(B, W*G, D), of the whole plugin."""
+
+
+class _Output:
+    """Memory of one output between two guards, as TensorRT would give it to the plugin.
+
+    Args:
+        shape: the largest that the plugin may fill.
+        dtype: of the values.
+        shift: values by which it begins later than at an aligned address.
+    """
+
+    def __init__(self, shape: int | tuple[int, ...], dtype: Any = np.int32, shift: int = 0) -> None:
+        count = shape if isinstance(shape, int) else math.prod(shape)
+        self._memory = np.full(shift + count + 2 * _GUARD, UNTOUCHED).astype(dtype)
+        self._begin = _GUARD + shift
+        self.array = self._memory[self._begin : self._begin + count].reshape(shape)
+
+    @property
+    def address(self) -> int:
+        """Of the first value."""
+        return self.array.ctypes.data
+
+    def is_guarded(self, rows: int) -> bool:
+        """Whether nothing was written but its first `rows`."""
+        end = self._begin + self.array[:rows].size
+        outside = np.concatenate([self._memory[: self._begin], self._memory[end:]])
+        return bool(np.all(outside == np.asarray(UNTOUCHED).astype(outside.dtype)))
 
 
 def max_bins(frames: int, windows: int, kept: int) -> int:
@@ -112,19 +146,18 @@ class CpuPlugin:
         frames, windows = scores.shape
         slots = (max_bins(frames, windows, kept), windows)
         given = _PlanInput(scores.ctypes.data, frames, windows, kept, refill)
-        segment, slot_window = _untouched(slots), _untouched(slots)
-        kept_slot, kept_window, bin_count = _untouched(kept), _untouched(kept), _untouched(1)
-        results = (segment, slot_window, kept_slot, kept_window, bin_count)
-        output = _PlanOutput(*(array.ctypes.data for array in results))
+        outputs = {
+            "segment": _Output(slots), "slot_window": _Output(slots),
+            "kept_slot": _Output(kept), "kept_window": _Output(kept), "bin_count": _Output(1),
+        }  # fmt: skip
+        output = _PlanOutput(*(one.address for one in outputs.values()))
         if threads is None:
             status = self._library.stts_plan_serial(ctypes.byref(given), ctypes.byref(output))
         else:
             status = self._library.stts_plan_block(
                 ctypes.byref(given), ctypes.byref(output), threads, missing_bytes
             )
-        self._check(status)
-        b = int(bin_count[0])
-        return Packed(segment[:b], kept_slot, kept_window, slot_window=slot_window[:b])
+        return self._packed(status, outputs)
 
     def select_pack(
         self,
@@ -134,6 +167,8 @@ class CpuPlugin:
         *,
         refill: int = True,
         hidden_type: str | None = None,
+        hidden_shift: int = 0,
+        bins_shift: int = 0,
     ) -> Packed:
         """The whole plugin, driven as TensorRT does, from its creator to enqueue.
 
@@ -143,28 +178,36 @@ class CpuPlugin:
             kept: K.
             refill: the plugin's attribute.
             hidden_type: "bfloat16" for bits in a uint16 array; None takes the array's type.
+            hidden_shift: values by which `hidden` begins later than at an aligned address.
+            bins_shift: the same of `bins`.
         """
         frames, windows = scores.shape
         tokens, width = hidden.shape[1:]
         bound = max_bins(frames, windows, kept)
-        bins = np.full((bound, tokens, width), UNTOUCHED).astype(hidden.dtype)
-        segment, bin_count = _untouched((bound, windows)), _untouched(1)
-        kept_slot, kept_window = _untouched(kept), _untouched(kept)
+        source = _Output(hidden.shape, hidden.dtype, hidden_shift)
+        source.array[:] = hidden
+        outputs = {
+            "bins": _Output((bound, tokens, width), hidden.dtype, bins_shift),
+            "segment": _Output((bound, windows)),
+            "kept_slot": _Output(kept), "kept_window": _Output(kept), "bin_count": _Output(1),
+        }  # fmt: skip
         status = self._library.stts_emulated_select_pack(
-            np.ascontiguousarray(scores).ctypes.data, np.ascontiguousarray(hidden).ctypes.data,
+            np.ascontiguousarray(scores).ctypes.data, source.address,
             HIDDEN_TYPES[hidden_type or str(hidden.dtype)],
             frames, windows, tokens // windows, width, kept, refill,
-            bins.ctypes.data, segment.ctypes.data, kept_slot.ctypes.data,
-            kept_window.ctypes.data, bin_count.ctypes.data,
+            *(one.address for one in outputs.values()),
         )  # fmt: skip
-        self._check(status)
-        b = int(bin_count[0])
-        return Packed(segment[:b], kept_slot, kept_window, bins=bins[:b])
+        return self._packed(status, outputs)
 
-    def _check(self, status: int) -> None:
+    def _packed(self, status: int, outputs: dict[str, _Output]) -> Packed:
         if status != 0:
             raise PluginError(status, self._library.stts_emulation_fault().decode())
-
-
-def _untouched(shape: int | tuple[int, ...]) -> Int32Array:
-    return np.full(shape, UNTOUCHED, np.int32)
+        bins = int(outputs["bin_count"].array[0])
+        arrays = {}
+        for name, output in outputs.items():
+            of_bins = name in ("segment", "slot_window", "bins")
+            arrays[name] = output.array[:bins] if of_bins else output.array
+            if not output.is_guarded(len(arrays[name])):
+                raise PluginError(GUARD_DAMAGED, f"outside of {name}")
+        del arrays["bin_count"]
+        return Packed(**arrays)

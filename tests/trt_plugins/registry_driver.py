@@ -77,6 +77,14 @@ def serialized(library: str, probe: str) -> int:
     return result
 
 
+def finder(probe: str) -> list[Any]:
+    """Of finder_probe.cpp: given a finder, major version behind it, whether messages arrive."""
+    assert load(probe) is not None
+    answers = ctypes.CDLL(probe)
+    answers.hasFinder.restype = answers.reachesLogger.restype = ctypes.c_bool
+    return [answers.hasFinder(), answers.finderMajor(), answers.reachesLogger()]
+
+
 def twice(library: str) -> list[bool]:
     """Loaded, loaded again, still usable."""
     return [load(library) is not None, load(library) is not None, all(created_again())]
@@ -107,7 +115,7 @@ def unload(library: str) -> list[bool]:
 
 
 VERBS: dict[str, Callable[..., Any]] = {
-    verb.__name__: verb for verb in (describe, created, serialized, twice, foreign, unload)
+    verb.__name__: verb for verb in (describe, created, serialized, finder, twice, foreign, unload)
 }
 
 if __name__ == "__main__":

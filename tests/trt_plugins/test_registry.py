@@ -82,22 +82,32 @@ def test_bad_attributes_are_refused_with_a_message(
     assert message in said
 
 
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("probe") / "probe.so"
+def build_probe(folder: Path, source: str) -> Path:
+    library = folder / "probe.so"
     sources = ROOT / "trt_plugins"
     status, said = run(
         "c++", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror",
         "-DSTTS_OWN_TENSORRT_INTERFACE", f"-I{sources}", f"-I{sources}/tests/emulation",
-        "-o", library, Path(__file__).with_name("probe.cpp"), "-ldl",
+        "-o", library, Path(__file__).with_name(source), "-ldl",
     )  # fmt: skip
     assert status == 0, said
     return library
 
 
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_probe(tmp_path_factory.mktemp("probe"), "probe.cpp")
+
+
 def test_attributes_survive_serialisation(registry: Path, plugin: Path, probe: Path) -> None:
     answer, said = drive(registry, "serialized", plugin, probe)
     assert answer == 0, said
+
+
+def test_version_of_the_registrys_finder_is_found(registry: Path, tmp_path: Path) -> None:
+    answer, _ = drive(registry, "finder", build_probe(tmp_path, "finder_probe.cpp"))
+    # The dispatch registries have no logger.
+    assert answer == [True, int(registry.name.split(".")[0]), False]
 
 
 def test_loading_twice_is_refused_and_harmless(registry: Path, plugin: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,15 +14,16 @@ import pytest
 from filelock import FileLock
 
 from tests.trt_plugins.clips import Clip, awkward_clips, clip_of_counts, differences, random_clip
-from tests.trt_plugins.cpu_build import LIBRARY, SOURCES, build_cpu_library
-from tests.trt_plugins.cpu_plugin import CpuPlugin, PluginError
+from tests.trt_plugins.cpu_build import LIBRARY, SOURCES, UNITS, build_cpu_library
+from tests.trt_plugins.cpu_plugin import GUARD_DAMAGED, CpuPlugin, PluginError
 
 ROOT = Path(__file__).parents[2]
 NO_DEVICE = 100
 LAUNCH_FAILURE = 719
 NO_PLUGIN = -1
 BUILD_REFUSED = -2
-GUARD_DAMAGED = -3
+KERNELS = SOURCES / "select_pack"
+PLAN, BLOCK, GATHER, KERNEL = "plan.cuh", "block.cuh", "gather.cuh", "select_pack_kernel.cu"
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +155,21 @@ def test_plugin_moves_the_planned_windows(
         assert not differences(packed, clip, hidden), str(clip)
 
 
+@pytest.mark.parametrize("bins_shift", [0, 1, 2, 4])
+@pytest.mark.parametrize("hidden_shift", [0, 1, 2, 4])
+def test_plugin_moves_windows_between_any_addresses(
+    cpu: CpuPlugin, hidden_shift: int, bins_shift: int
+) -> None:
+    rng = np.random.default_rng(12)
+    clip = random_clip(rng, 12, 20)
+    hidden = hidden_of(rng, clip, 2, 8, "float16")
+    packed = cpu.select_pack(
+        clip.scores, hidden, clip.kept, refill=clip.refill,
+        hidden_shift=hidden_shift, bins_shift=bins_shift,
+    )  # fmt: skip
+    assert not differences(packed, clip, hidden), str(clip)
+
+
 def test_result_does_not_depend_on_the_order_of_threads(cpu: CpuPlugin) -> None:
     rng = np.random.default_rng(8)
     clip = random_clip(rng, 20, 30)
@@ -206,34 +223,67 @@ def test_bad_clips_are_refused(
 # --- the tests themselves
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "change"),
-    [
-        pytest.param("plan", "ties_before >= threshold", "ties_before > threshold", id="ties"),
-        pytest.param("plan", "window < input.windows ?", "window < 0 ?", id="first-frame"),
-        pytest.param("plan", "kInfinity) return 0xFFFFFFFFU", "kInfinity) return 0U", id="nan"),
-        pytest.param("plan", "if (bits == kSign) return kSign;", "", id="minus-zero"),
-        pytest.param("plan", "total - input.kept - 1;", "total - input.kept;", id="rank"),
-        pytest.param("plan", "other < frame)", "other > frame)", id="frame-order"),
-        pytest.param("plan", "work.used[bin]) / size", "work.used[bin] + 1) / size", id="room"),
-        pytest.param("plan", "return input.refill &&", "return false &&", id="refill"),
-        pytest.param("plan", "larger + (scan", "larger + 1 + (scan", id="scan"),
-        pytest.param(
-            "plan", "block.sync();\n        for (int32_t base", "for (int32_t base",
-            id="histogram-sync",
-        ),
-        pytest.param("block", "sync();  // before the next", "// before the next", id="scan-sync"),
-        pytest.param("gather", "if (at < words_per_window) __", "if (at < 2) __", id="gather"),
-    ],
-)  # fmt: skip
+CHANGES = {
+    "ties": (PLAN, "ties_before >= threshold", "ties_before > threshold"),
+    "first-frame": (PLAN, "window < input.windows ?", "window < 0 ?"),
+    "nan": (PLAN, "kInfinity) return 0xFFFFFFFFU", "kInfinity) return 0U"),
+    "minus-zero": (PLAN, "if (bits == kSign) return kSign;", ""),
+    "rank": (PLAN, "total - input.kept - 1;", "total - input.kept;"),
+    "frame-order": (PLAN, "other < frame)", "other > frame)"),
+    "room": (PLAN, "work.used[bin]) / size", "work.used[bin] + 1) / size"),
+    "refill": (PLAN, "return input.refill &&", "return false &&"),
+    "scan": (PLAN, "larger + (scan", "larger + 1 + (scan"),
+    "gather": (GATHER, "if (at < words_per_window) __", "if (at < 2) __"),
+    # accesses that are wider than an address allows
+    "address-of-hidden": (KERNEL, "isAligned(tensors.hidden, sizeof(Word))", "true"),
+    "address-of-bins": (KERNEL, "isAligned(tensors.bins, sizeof(Word))", "true"),
+    # writes one value too much, behind an output
+    "behind-bins": (
+        GATHER,
+        "const int32_t step =",
+        "if (threadIdx.x == 0) target[words_per_window] = Word{};\n    const int32_t step =",
+    ),
+    "behind-segment": (
+        PLAN,
+        "output.segment[slot] = kFree;",
+        "output.segment[slot] = output.segment[slots] = kFree;",
+    ),
+    "behind-kept_slot": (PLAN, "i < input.kept; i +=", "i <= input.kept; i +="),
+    "behind-kept_window": (
+        PLAN,
+        "first_kept[input.frames] = input.kept;",
+        "first_kept[input.frames] = input.kept, kept_window[input.kept] = 0;",
+    ),
+    "behind-bin_count": (
+        PLAN,
+        "*output.bin_count = bins;",
+        "output.bin_count[0] = output.bin_count[1] = bins;",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "text", "change"), CHANGES.values(), ids=CHANGES)
 def test_changed_kernels_are_found(tmp_path: Path, file: str, text: str, change: str) -> None:
-    sources = tmp_path / "trt_plugins"
-    shutil.copytree(SOURCES, sources)
-    kernel = sources / "select_pack" / f"{file}.cuh"
-    original = kernel.read_text(encoding="utf-8")
+    original = (KERNELS / file).read_text(encoding="utf-8")
     assert original.count(text) == 1
-    kernel.write_text(original.replace(text, change), encoding="utf-8")
-    assert compare(build_cpu_library(tmp_path, sources)) != 0
+    assert compare(build_changed(tmp_path, file, original.replace(text, change))) != 0
+
+
+@pytest.mark.parametrize(
+    ("file", "number"), [*((PLAN, number) for number in range(6)), (BLOCK, 0), (BLOCK, 1)]
+)
+def test_every_missing_barrier_is_found(tmp_path: Path, file: str, number: int) -> None:
+    parts = (KERNELS / file).read_text(encoding="utf-8").split("sync();")
+    assert len(parts) - 1 == {PLAN: 6, BLOCK: 2}[file]
+    changed = "sync();".join(parts[: number + 1]) + "size();" + "sync();".join(parts[number + 1 :])
+    assert compare(build_changed(tmp_path, file, changed)) != 0
+
+
+def build_changed(folder: Path, file: str, text: str) -> Path:
+    sources = folder / "trt_plugins"
+    shutil.copytree(SOURCES, sources)
+    (sources / KERNELS.name / file).write_text(text, encoding="utf-8")
+    return build_cpu_library(folder, sources)
 
 
 def test_unchanged_kernels_pass_the_same_comparison(library: Path) -> None:
@@ -243,6 +293,25 @@ def test_unchanged_kernels_pass_the_same_comparison(library: Path) -> None:
 def compare(library: Path) -> int:
     command = [sys.executable, "-m", "tests.trt_plugins.compare_library", str(library)]
     return subprocess.run(command, cwd=ROOT, check=False, timeout=60).returncode
+
+
+def test_cmake_builds_the_library_of_the_same_sources() -> None:
+    folder = SOURCES / "tests"
+    lists = (folder / "CMakeLists.txt").read_text(encoding="utf-8")
+    sources = []
+    for target in ("stts_emulator OBJECT", "${target} OBJECT", "stts_emulated_plugin SHARED"):
+        (listed,) = re.findall(rf"add_library\({re.escape(target)}([^)]*)\)", lists)
+        sources += [(folder / name).resolve() for name in re.findall(r"[\w./]+\.cpp", listed)]
+    assert sorted(sources) == sorted((SOURCES / unit).resolve() for unit in UNITS)
+
+
+def test_readme_gives_the_size_of_the_workspace() -> None:
+    # The formula is select_pack_plugin_test's.
+    readme = (SOURCES / "README.md").read_text(encoding="utf-8")
+    said = re.search(r"([\d,]+) bytes at (\d+) frames of (\d+) windows", " ".join(readme.split()))
+    assert said
+    size, frames, windows = (int(number.replace(",", "")) for number in said.groups())
+    assert size == 4 * (6 * frames + 1 + frames * windows)
 
 
 def test_missing_compiler_names_the_package(

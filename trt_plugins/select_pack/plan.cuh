@@ -5,7 +5,8 @@
 // Block has
 //   thread(), size()           this thread and the number of threads, 1024 at most
 //   sync()                     all threads of the block meet; memory is visible afterwards
-//   exclusiveScan(value)       {before, total} over the threads; every thread must call it
+//   exclusiveScan(value)       {before, total} over the threads; every thread must call it, and it
+//                              is a barrier like sync()
 //   count(histogram, bucket)   ++histogram[bucket] unless bucket < 0; every thread must call it
 //
 // Axes: T frames, W windows of a frame, K kept windows, B bins of W slots.
@@ -162,7 +163,7 @@ __device__ inline int32_t keptOf(const PlanWorkspace& work, int32_t frame) {
 }
 
 // Ranks the frames: largest first, of equal ones the lower index first. Every frame looks at every
-// other, which is less work than the windows are.
+// other: T*T steps for the block, as against the T*W of a pass over the windows.
 template <class Block>
 __device__ void sortFrames(Block& block, int32_t frames, const PlanWorkspace& work) {
     for (int32_t frame = block.thread(); frame < frames; frame += block.size()) {
@@ -210,7 +211,9 @@ __device__ int32_t placeGroup(Block& block, const PlanInput& input, const PlanWo
     return opened;
 }
 
-// First-fit descending: writes first_slot and members, returns the number of bins.
+// First-fit descending: writes first_slot and members, returns the number of bins. The scans are
+// all the barriers it needs: a thread clears first_slot of its frames before the first one and
+// fills those of other threads' frames after it, and the last one ends the last group.
 template <class Block>
 __device__ int32_t placeFrames(Block& block, const PlanInput& input, const PlanWorkspace& work) {
     for (int32_t frame = block.thread(); frame < input.frames; frame += block.size()) {
@@ -218,7 +221,6 @@ __device__ int32_t placeFrames(Block& block, const PlanInput& input, const PlanW
         work.used[frame] = 0;
         work.members[frame] = 0;
     }
-    block.sync();
     int32_t opened = 0;
     int32_t group = 0;
     for (int32_t position = 0; position < input.frames; position += group) {
@@ -228,9 +230,7 @@ __device__ int32_t placeFrames(Block& block, const PlanInput& input, const PlanW
         group = work.peers[leader];
         opened += placeGroup(block, input, work, position, group, size);
     }
-    const int32_t bins = block.exclusiveScan(opened).total;
-    block.sync();  // what other threads wrote in the last group
-    return bins;
+    return block.exclusiveScan(opened).total;
 }
 
 __device__ inline bool isRefilled(const PlanInput& input, const PlanWorkspace& work,

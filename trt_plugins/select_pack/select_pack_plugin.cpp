@@ -201,7 +201,12 @@ class Expressions {
         const auto* filled = apply(DimensionOperation::kSUM, halves, constant(1));
         const auto* most = apply(DimensionOperation::kMIN, frames, filled);
         if (least == nullptr || most == nullptr) return nullptr;
-        return builder_.declareSizeTensor(kBinCount, *least, *most);
+        // The one function of the builder that NVIDIA's header does not declare noexcept.
+        try {
+            return builder_.declareSizeTensor(kBinCount, *least, *most);
+        } catch (...) {
+            return nullptr;
+        }
     }
 
   private:

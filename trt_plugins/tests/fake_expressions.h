@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "tensorrt.h"
@@ -53,6 +54,9 @@ class FakeBuilder final : public nvinfer1::IExprBuilder, private nvinfer1::apiv:
     // Returns null from then on, as TensorRT does for operations that it refuses.
     void refuseOperations() { refuses_ = true; }
 
+    // Throws from then on: NVIDIA's declaration allows it.
+    void throwForSizeTensors() { throws_ = true; }
+
     int32_t sizeTensor() const { return size_tensor_; }
     int64_t sizeOpt() const { return size_opt_; }
     int64_t sizeUpper() const { return size_upper_; }
@@ -97,6 +101,7 @@ class FakeBuilder final : public nvinfer1::IExprBuilder, private nvinfer1::apiv:
     const nvinfer1::IDimensionExpr* declareSizeTensor(
         int32_t output, const nvinfer1::IDimensionExpr& opt,
         const nvinfer1::IDimensionExpr& upper) override {
+        if (throws_) throw std::runtime_error("no size tensor");
         size_tensor_ = output;
         size_opt_ = valueOf(opt);
         size_upper_ = valueOf(upper);
@@ -105,6 +110,7 @@ class FakeBuilder final : public nvinfer1::IExprBuilder, private nvinfer1::apiv:
 
     std::vector<std::unique_ptr<FakeExpression>> expressions_;
     bool refuses_ = false;
+    bool throws_ = false;
     int32_t size_tensor_ = -1;
     int64_t size_opt_ = 0;
     int64_t size_upper_ = 0;

@@ -248,6 +248,9 @@ void refusesShapes() {
     expectMessage("getOutputShapes: 1 inputs and 5 outputs");
     CHECK(refused({scores, hidden}, {kept}, 6));
     expectMessage("2 inputs and 6 outputs");
+    builder.throwForSizeTensors();
+    CHECK(refused({scores, hidden}, {kept}, kOutputs));
+    expectMessage("could not express the number of bins");
     builder.refuseOperations();
     CHECK(refused({scores, hidden}, {kept}, kOutputs));
     expectMessage("could not express the number of bins");
@@ -300,13 +303,17 @@ Dims dims(const std::vector<int64_t>& values) {
     return result;
 }
 
-// A clip of 2 frames of 4 windows of 3 patches, 5 wide; 5 windows are kept.
+constexpr size_t kTokens = 2 * 12 * 8;
+constexpr uint16_t kUntouched = 0xEEEE;  // what no token is
+
+// A clip of 2 frames of 4 windows of 3 patches, 8 wide; 5 windows are kept. Its windows have 48
+// bytes, so that the addresses alone decide how wide accesses can be.
 struct Clip {
     std::array<PluginTensorDesc, 2> in{};
     std::array<PluginTensorDesc, kOutputs> out{};
     std::vector<float> scores{0, 0, 0, 0, 9, 1, 8, 2};
-    alignas(16) std::array<uint16_t, 2 * 12 * 5 + 1> hidden{};
-    alignas(16) std::array<uint16_t, 2 * 12 * 5> bins{};
+    alignas(16) std::array<uint16_t, kTokens + 8> hidden{};
+    alignas(16) std::array<uint16_t, kTokens + 8> bins{};
     std::array<int32_t, 8> segment{};
     std::array<int32_t, 5> kept_slot{};
     std::array<int32_t, 5> kept_window{};
@@ -320,12 +327,13 @@ struct Clip {
         const auto describe = [](std::vector<int64_t> shape, DataType type) {
             return PluginTensorDesc{dims(shape), type, TensorFormat::kLINEAR, 1.0F};
         };
-        in = {describe({2, 4}, DataType::kFLOAT), describe({2, 12, 5}, DataType::kHALF)};
-        out = {describe({2, 12, 5}, DataType::kHALF), describe({2, 4}, DataType::kINT32),
+        in = {describe({2, 4}, DataType::kFLOAT), describe({2, 12, 8}, DataType::kHALF)};
+        out = {describe({2, 12, 8}, DataType::kHALF), describe({2, 4}, DataType::kINT32),
                describe({5}, DataType::kINT32), describe({5}, DataType::kINT32),
                describe({}, DataType::kINT32)};
         workspace.resize(stts::selectPackWorkspaceBytes(2, 4) / sizeof(int32_t));
         for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = static_cast<uint16_t>(i + 1);
+        bins.fill(kUntouched);
     }
 
     int32_t enqueue(IPluginV3& plugin) {
@@ -349,24 +357,31 @@ struct Clip {
     }
 };
 
+// With hidden and bins so many values past an address of 16 bytes' alignment.
+void runsAt(IPluginV3& plugin, size_t hidden, size_t bins) {
+    Clip clip;
+    clip.inputs[1] = clip.hidden.data() + hidden;
+    clip.outputs[0] = clip.bins.data() + bins;
+    const int64_t launches = emulation::launches();
+    CHECK(clip.configure(plugin) == 0 && clip.change(plugin) == 0);
+    CHECK(clip.workspaceBytes(plugin) == clip.workspace.size() * sizeof(int32_t));
+    CHECK(clip.enqueue(plugin) == 0);
+    CHECK(emulation::launches() == launches + 2);
+    // Frame 0 keeps its 4 windows, frame 1 its best; alone in its bin, it is refilled.
+    CHECK(clip.bin_count == 2);
+    CHECK((clip.segment == std::array<int32_t, 8>{0, 0, 0, 0, 1, 1, 1, 1}));
+    CHECK((clip.kept_window == std::array<int32_t, 5>{0, 1, 2, 3, 4}));
+    CHECK((clip.kept_slot == std::array<int32_t, 5>{0, 1, 2, 3, 4}));
+    for (size_t i = 0; i < clip.bins.size(); ++i) {
+        const bool is_inside = bins <= i && i < bins + kTokens;
+        CHECK(clip.bins[i] == (is_inside ? clip.hidden[i - bins + hidden] : kUntouched));
+    }
+}
+
 void runs() {
     const auto plugin = createDefault();
-    for (const size_t offset : {0, 1}) {  // of hidden: 2-byte accesses where nothing wider fits
-        Clip clip;
-        clip.inputs[1] = clip.hidden.data() + offset;
-        const int64_t launches = emulation::launches();
-        CHECK(clip.configure(*plugin) == 0 && clip.change(*plugin) == 0);
-        CHECK(clip.workspaceBytes(*plugin) == clip.workspace.size() * sizeof(int32_t));
-        CHECK(clip.enqueue(*plugin) == 0);
-        CHECK(emulation::launches() == launches + 2);
-        // Frame 0 keeps its 4 windows, frame 1 its best; alone in its bin, it is refilled.
-        CHECK(clip.bin_count == 2);
-        CHECK((clip.segment == std::array<int32_t, 8>{0, 0, 0, 0, 1, 1, 1, 1}));
-        CHECK((clip.kept_window == std::array<int32_t, 5>{0, 1, 2, 3, 4}));
-        CHECK((clip.kept_slot == std::array<int32_t, 5>{0, 1, 2, 3, 4}));
-        for (size_t i = 0; i < clip.bins.size(); ++i) {
-            CHECK(clip.bins[i] == clip.hidden[i + offset]);
-        }
+    for (const size_t hidden : {0, 1, 2, 4}) {  // accesses of 16, 2, 4 and 8 bytes
+        for (const size_t bins : {0, 1, 2, 4}) runsAt(*plugin, hidden, bins);
     }
 }
 
@@ -380,7 +395,7 @@ void refusesClips() {
     const std::vector<Case> shapes = {
         {"scores has 1 dimensions; it must have 2", [](Clip& c) { c.in[0].dims = dims({8}); }},
         {"hidden has 4 dimensions; it must have 3",
-         [](Clip& c) { c.in[1].dims = dims({2, 4, 3, 5}); }},
+         [](Clip& c) { c.in[1].dims = dims({2, 4, 3, 8}); }},
         {"the number of frames is 0; it must be in 1..4096",
          [](Clip& c) { c.in[0].dims.d[0] = 0; }},
         {"the number of frames is 4097", [](Clip& c) { c.in[0].dims.d[0] = 4097; }},
@@ -388,7 +403,7 @@ void refusesClips() {
         {"the number of windows is 4097", [](Clip& c) { c.in[0].dims.d[1] = 4097; }},
         {"the number of patches is 0", [](Clip& c) { c.in[1].dims.d[1] = 0; }},
         {"the width is 0", [](Clip& c) { c.in[1].dims.d[2] = 0; }},
-        {"scores is (2, 4) and hidden (3, 12, 5)", [](Clip& c) { c.in[1].dims.d[0] = 3; }},
+        {"scores is (2, 4) and hidden (3, 12, 8)", [](Clip& c) { c.in[1].dims.d[0] = 3; }},
         {"they must be (T, W) and (T, W*G, D)", [](Clip& c) { c.in[1].dims.d[1] = 13; }},
         {"the size of a window is 2147483646; it must be in 1..1073741823",
          [](Clip& c) { c.in[1].dims.d[2] = 715827882; }},
@@ -452,6 +467,7 @@ void refusesClips() {
 void sizesWorkspace() {
     CHECK(stts::selectPackWorkspaceBytes(1, 1) == (6 + 1 + 1) * sizeof(int32_t));
     CHECK(stts::selectPackWorkspaceBytes(128, 81) == (6 * 128 + 1 + 128 * 81) * sizeof(int32_t));
+    CHECK(stts::selectPackWorkspaceBytes(128, 81) == 44548);  // as in README.md
     CHECK(stts::maxBins(10, 9, 20) == 5 && stts::maxBins(4, 9, 20) == 4);
 }
 
