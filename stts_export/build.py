@@ -37,6 +37,7 @@ from stts_export.bundle import (
     Manifest,
     is_bundle,
     list_files,
+    sha256,
 )
 from stts_export.config import ModelConfig
 from stts_export.engines import tensorrt, tensorrt_rtx
@@ -51,6 +52,7 @@ from stts_export.engines.engine_set import ENGINE_FOLDER, TIMING_CACHE
 from stts_export.errors import InputError, MissingDependencyError, VerificationError
 from stts_export.files import readable_size
 from stts_export.preprocessing import video_preprocessing
+from stts_export.runtime.planner import n_prune
 from stts_export.runtime.prompt import PromptBuilder
 from stts_export.tensors import (
     DECODER,
@@ -68,6 +70,11 @@ log = logging.getLogger(__name__)
 
 BACKENDS = (ONNXRUNTIME, tensorrt.NAME, tensorrt_rtx.NAME)
 DEFAULT_MAX_FRAMES = 64
+MAX_ENGINE_FRAMES = 4096
+"""Longest clip of the plugin."""
+_FRAME_TOKENS, _TEXT_TOKENS = 12, 1024
+"""Room for a frame's timestamp and marks, and for question and answer together."""
+_MAX_BYTES = 2**63 - 1
 
 _EXPORTER = (
     "torch", "safetensors", "onnx", "onnxscript", "onnx_ir", "ml_dtypes", "onnxruntime",
@@ -98,7 +105,8 @@ class BuildSpec:
     max_frames: int | None = None
     """Longest clip in frames; the checkpoint's own `num_frames`, or 64, when None."""
     max_tokens: int | None = None
-    """Longest sequence; the model's longest when None. Engines hold a cache of this length."""
+    """Longest sequence. When None, the model's or the bundle's longest; with engines, whose cache
+    and temporary results have this length, only what the longest clip needs if that is less."""
     min_prune_ratio: float | None = None
     """Lowest ratio that the bundle accepts; 0, or a bundle's own, when None."""
     backends: tuple[str, ...] = (ONNXRUNTIME,)
@@ -126,6 +134,13 @@ class BuildSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}", where="build", allowed="1 or more")
+        if self.memory_limit is not None and self.memory_limit > _MAX_BYTES:
+            raise InputError(
+                f"memory_limit is {self.memory_limit} bytes",
+                where="build",
+                allowed=f"up to {_MAX_BYTES}",
+                fix="leave it out to allow all memory that there is",
+            )
         self._check_engine_options()
 
     def _check_engine_options(self) -> None:
@@ -321,6 +336,8 @@ def _plan(
     bundle: Path | None = None,
 ) -> _Plan:
     """Find out before the work whether every target can be built."""
+    if set(spec.backends) != {ONNXRUNTIME}:
+        limits = _engine_limits(config, limits, spec)
     targets: list[Target] = []
     names: list[str] = []
     for backend in dict.fromkeys(spec.backends):
@@ -337,6 +354,25 @@ def _plan(
     if ONNXRUNTIME not in names:
         names.append(ONNXRUNTIME)
     return _Plan(config, precision, limits, tuple(targets), tuple(names), spec.memory_limit)
+
+
+def _engine_limits(config: ModelConfig, limits: Limits, spec: BuildSpec) -> Limits:
+    """Refuse clips that engines cannot take; shorten the longest sequence to what a clip needs."""
+    frames = limits.max_frames
+    if frames > MAX_ENGINE_FRAMES:
+        raise InputError(
+            f"max_frames is {frames}",
+            where="build",
+            allowed=f"up to {MAX_ENGINE_FRAMES} in engines",
+            fix=f"pass --max-frames, such as --max-frames {DEFAULT_MAX_FRAMES}",
+        )
+    if spec.max_tokens is not None:
+        return limits
+    windows = frames * config.vision.windows
+    if config.vision.pruning is not None:
+        windows -= n_prune(config.vision.windows, frames, limits.min_prune_ratio)
+    needed = windows + frames * _FRAME_TOKENS + _TEXT_TOKENS
+    return replace(limits, max_tokens=min(needed, limits.max_tokens))
 
 
 def _run(
@@ -430,6 +466,7 @@ def _fingerprint(spec: BuildSpec, plan: _Plan) -> dict[str, Any]:
     return {
         "stts_export": __version__,
         "spec": {**asdict(spec), "plugin": str(spec.plugin)},
+        "limits": asdict(plan.limits),
         "targets": [[target.folder, target.version] for target in plan.targets],
         "plugins": [[str(path), path.stat().st_mtime_ns] for path in sorted(plugins)],
     }
@@ -448,10 +485,10 @@ def _check_space(partial: Path, plan: _Plan, graph_bytes: int) -> None:
     needed = graph_bytes * (1 + len(plan.targets)) + _ENGINE_CODE * len(plan.targets)
     done = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     folder = next(folder for folder in partial.absolute().parents if folder.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed - done:
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < needed - done:  # /proc has no total
         raise InputError(
-            f"{readable_size(free)} free",
+            f"{readable_size(usage.free)} free",
             where=str(folder),
             allowed=f"about {readable_size(needed)} for this bundle",
             fix="free some space, choose another disk with -o, or build with --precision fp16",
@@ -482,14 +519,14 @@ def _engine_tools(plan: _Plan) -> dict[str, str]:
 def _manifest_of_copy(
     source: Bundle, folder: Path, copied: dict[str, dict[str, Any]], plan: _Plan
 ) -> Manifest:
-    """Make the manifest; refuse files that are not what the source's manifest says."""
+    """Make the manifest; refuse copies that were changed since they were made."""
     files = list_files(folder, ignore=(STAMP, LOCK))
     for name, entry in copied.items():
-        if files[name] != entry:
+        if files.get(name) != entry:
             raise VerificationError(
-                "was changed after the build (its SHA-256 differs from the manifest)",
-                where=str(source.folder / name),
-                fix="copy the bundle again, or build it again with `stts-export build`",
+                "was changed while the engines were built",
+                where=str(folder / name),
+                fix=f"remove {folder} and build again",
             )
     tools = {k: v for k, v in source.manifest.tool_versions.items() if k not in BACKENDS}
     return replace(
@@ -521,20 +558,28 @@ def _copy_files(
     Real copies: a hard link would let a change of one bundle damage the other, and `onnx` refuses
     weights with several links.
     """
-    for name in files:
-        _copy(source.folder / name, partial / name)
+    for name, entry in files.items():
+        _copy(source.folder / name, partial / name, entry["sha256"])
     for target in plan.targets:
         cache = f"{ENGINE_FOLDER}/{target.folder}/{TIMING_CACHE}"
         if cache in source.manifest.files:
             _copy(source.folder / cache, partial / cache)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, digest: str | None = None) -> None:
+    """Copy what is not there yet; refuse what does not have the SHA-256, if one is given."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".partial")
     shutil.copyfile(source, unfinished)
+    if digest is not None and sha256(unfinished) != digest:
+        unfinished.unlink()
+        raise VerificationError(
+            "was changed after the build (its SHA-256 differs from the manifest)",
+            where=str(source),
+            fix="copy the bundle again, or build it again with `stts-export build`",
+        )
     os.replace(unfinished, target)
 
 

@@ -5,6 +5,7 @@ Nothing that is not ours is ever removed, and nothing is written where the build
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -170,9 +171,9 @@ def readable_disk_errors(source: Path, partial: Path) -> Iterator[None]:
         problem = error.strerror or str(error)
         if Path(os.path.abspath(file)).is_relative_to(os.path.abspath(source)):
             raise InputError(f"cannot be read: {problem}", where=file) from error
-        done = f", then rerun: {partial} keeps what is done" if os.path.isdir(partial) else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space or choose another folder" if full else "choose another folder"
+        done = f", then rerun: {partial} keeps what is done" if full and partial.is_dir() else ""
         raise InputError(
-            f"cannot be written: {problem}",
-            where=file,
-            fix=f"free space or choose another folder{done}",
+            f"cannot be written: {problem}", where=file, fix=f"{remedy}{done}"
         ) from error

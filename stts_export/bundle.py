@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from stts_export._version import __version__
@@ -141,6 +141,13 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
                 f"{key} is {values[key]!r:.200}", where=where, allowed=allowed, fix=_REBUILD
             )
     for name, entry in values["files"].items():
+        if not _is_below(name):
+            raise InputError(
+                f"files has {name!r:.200}",
+                where=where,
+                allowed="paths below the bundle, as onnx/decoder/model.onnx",
+                fix=_REBUILD,
+            )
         if not (
             isinstance(entry, dict)
             and type(entry.get("size")) is int
@@ -152,6 +159,12 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
                 allowed='{"size": bytes, "sha256": hex}',
                 fix=_REBUILD,
             )
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name of a file is a plain path below a folder."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and parts[0] != "/" and ".." not in parts and "/".join(parts) == name
 
 
 def _is_texts(value: object) -> bool:
@@ -321,12 +334,13 @@ def list_files(folder: Path, ignore: Collection[str] = ()) -> dict[str, dict[str
 
     Args:
         folder: the bundle.
-        ignore: names of files that will not stay.
+        ignore: names of files in the folder itself that will not stay.
     """
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, *ignore)
+        name: {"size": path.stat().st_size, "sha256": sha256(path)}
+        for name, path in found.items()
+        if path.is_file() and name not in (MANIFEST, *ignore)
     }
 
 

@@ -99,6 +99,8 @@ def describe_text(description: dict[str, Any]) -> str:
         for name, engine in engines["engines"].items():
             size = readable_size(engine["bytes"])
             lines.append(f"  {name} engine, {head} ({size}, from {engine['graph']})")
+            if not engine["read_back"]:
+                lines.append("    as the network was, not read back from the engine")
             lines += _sides(engine)
             lines += [f"    profile {_profile_text(profile)}" for profile in engine["profiles"]]
     return "\n".join(lines)

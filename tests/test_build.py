@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 import stts_export.build as building
 from stts_export import Session
 from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
-from stts_export.bundle import GRAPH_FOLDER, WITHOUT_WEIGHTS, Bundle
+from stts_export.bundle import GRAPH_FOLDER, WITHOUT_WEIGHTS, Bundle, sha256
+from stts_export.engines import engine_build
 from stts_export.engines.engine_build import engine_specs
 from stts_export.engines.engine_set import EngineInfo, EngineSet
+from stts_export.engines.network import Built, EngineJob
 from stts_export.errors import InputError, MissingDependencyError, VerificationError
 from stts_export.files import write_json
 from stts_export.graphs import export
@@ -363,8 +365,16 @@ def test_reading_and_writing_errors_are_told_apart(
         raise PermissionError(errno.EACCES, "Permission denied", name)
 
     _during_the_build(monkeypatch, fail)
-    with pytest.raises(InputError, match=f"{message}: Permission denied"):
+    with pytest.raises(InputError, match=f"{message}: Permission denied") as error:
         bundle_from_checkpoint(small_checkpoint, tmp_path / "bundle")
+    assert "free space" not in str(error.value)
+
+
+@pytest.mark.usefixtures("quick")
+def test_more_space_is_not_asked_for_where_nothing_can_be_written(small_checkpoint: Path):
+    with pytest.raises(InputError, match="cannot be written") as error:
+        bundle_from_checkpoint(small_checkpoint, Path("/proc/x"))
+    assert error.value.fix == "choose another folder"
 
 
 def test_a_bundle_is_not_a_checkpoint(tmp_path: Path, small_bundle: Path):
@@ -490,6 +500,25 @@ def test_a_checkpoint_without_a_scorer_runs_unpruned(tmp_path: Path):
 RTX = ("tensorrt-rtx",)
 
 
+def _quick_engine(job: EngineJob, on_fraction: object = None) -> Built:
+    """Write a stand-in for an engine."""
+    job.engine.write_bytes(b"engine")
+    return Built((), (), job.profiles)
+
+
+@pytest.fixture
+def quick_engines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Engines are stand-ins, and their names listed here, from now on."""
+    built: list[str] = []
+
+    def quick(job: EngineJob, on_fraction: object = None) -> Built:
+        built.append(job.engine.stem)
+        return _quick_engine(job)
+
+    monkeypatch.setattr(engine_build, "run_job", quick)
+    return built
+
+
 @pytest.fixture
 def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines are listed, and stand-ins for files, from now on."""
@@ -535,7 +564,7 @@ def test_limits_of_a_bundle_may_be_narrowed_and_not_widened(tmp_path: Path, smal
     spec = BuildSpec(backends=RTX, targets=("sm89",), max_frames=9, min_prune_ratio=0.3)
     first = bundle_from_bundle(small_bundle, tmp_path / "first", spec)
     limits = Bundle.open(first).manifest.limits
-    assert (limits.max_frames, limits.max_tokens, limits.min_prune_ratio) == (9, 8192, 0.3)
+    assert (limits.max_frames, limits.max_tokens, limits.min_prune_ratio) == (9, 1170, 0.3)
     with pytest.raises(InputError, match=r"min_prune_ratio is 0\.1\n  allowed: 0\.3 or more"):
         bundle_from_bundle(first, tmp_path / "second", replace(spec, min_prune_ratio=0.1))
 
@@ -548,17 +577,113 @@ def test_the_first_back_end_that_is_asked_for_comes_first(tmp_path: Path, small_
     assert names == ["onnxruntime", "sm120", "sm89"]
 
 
-@pytest.mark.usefixtures("no_engines")
-def test_a_file_that_was_changed_is_not_passed_on(tmp_path: Path, small_bundle: Path):
+def test_a_file_that_was_changed_is_not_passed_on(
+    tmp_path: Path, small_bundle: Path, quick_engines: list[str]
+):
     source = Path(shutil.copytree(small_bundle, tmp_path / "source"))
     weights = source / "onnx/decoder/model.onnx.data"
-    content = bytearray(weights.read_bytes())
+    good = weights.read_bytes()
+    content = bytearray(good)
     content[5000] ^= 1
     weights.write_bytes(content)
     spec = BuildSpec(backends=RTX, targets=("sm89",))
     with pytest.raises(VerificationError, match=r"decoder/model\.onnx\.data: was changed"):
         bundle_from_bundle(source, tmp_path / "out", spec)
     assert not (tmp_path / "out").exists()
+    assert quick_engines == []
+    weights.write_bytes(good)
+    Bundle.open(bundle_from_bundle(source, tmp_path / "out", spec)).check_hashes()
+    assert _names(tmp_path) == {"source", "out"}
+
+
+def test_a_copy_that_is_changed_meanwhile_is_not_published(
+    tmp_path: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def change(job: EngineJob, _: object = None) -> Built:
+        job.onnx.write_bytes(b"other")
+        return _quick_engine(job)
+
+    monkeypatch.setattr(engine_build, "run_job", change)
+    spec = BuildSpec(backends=RTX, targets=("sm89",))
+    with pytest.raises(VerificationError, match=r"out\.partial/onnx.*changed while the engines"):
+        bundle_from_bundle(small_bundle, tmp_path / "out", spec)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_with_other_limits_does_not_resume(
+    tmp_path: Path, small_bundle: Path, quick_engines: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Its graphs are the same, so only the limits tell."""
+    spec = BuildSpec(backends=RTX, targets=("sm89",))
+    source, output = tmp_path / "source", tmp_path / "out"
+    bundle_from_bundle(small_bundle, source, replace(spec, max_frames=16, max_tokens=300))
+
+    def full(job: EngineJob, _: object = None) -> Built:
+        if job.engine.stem == "decoder":
+            raise OSError(errno.ENOSPC, "No space left on device", str(job.engine))
+        return _quick_engine(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_build, "run_job", full)
+        with pytest.raises(InputError, match="No space left"):
+            bundle_from_bundle(source, output, spec)
+    narrow = replace(spec, max_frames=4, max_tokens=200)
+    bundle_from_bundle(small_bundle, source, narrow, force=True)
+    quick_engines.clear()
+    bundle_from_bundle(source, output, spec)
+    assert quick_engines == ["vision_lower", "vision_upper", "gather_windows", "decoder"]
+    bundle = Bundle.open(output)
+    (engines,) = bundle.engine_sets()
+    assert bundle.manifest.limits.max_frames == 4
+    assert engines.engines["vision_lower"].profiles[0]["fresh"].max == (4,)
+
+
+@pytest.mark.parametrize("name", ["onnx/../../evil.txt", "config/manifest.json"])
+@pytest.mark.usefixtures("no_engines")
+def test_odd_names_in_the_manifest_of_a_source(tmp_path: Path, small_bundle: Path, name: str):
+    source = Path(shutil.copytree(small_bundle, tmp_path / "in" / "source"))
+    (source / name).write_text("{}")
+    manifest = json.loads((source / "manifest.json").read_text())
+    digest = sha256(source / name)
+    manifest["files"][name] = {"size": 2, "sha256": digest}
+    (source / "manifest.json").write_text(json.dumps(manifest))
+    output = tmp_path / "to" / "out"
+    spec = BuildSpec(backends=RTX, targets=("sm89",))
+    if ".." in name:
+        with pytest.raises(InputError, match="paths below the bundle"):
+            bundle_from_bundle(source, output, spec)
+        assert not list(tmp_path.glob("to/**/evil.txt"))
+    else:
+        bundle = Bundle.open(bundle_from_bundle(source, output, spec))
+        assert bundle.manifest.files[name]["sha256"] == digest
+
+
+@pytest.mark.usefixtures("quick", "no_engines")
+@pytest.mark.parametrize(
+    ("values", "tokens"),
+    [
+        ({}, 64 * 6 + 64 * 12 + 1024),
+        ({"max_frames": 10, "min_prune_ratio": 0.5}, 30 + 120 + 1024),
+        ({"max_frames": 1000}, 8192),  # the model's longest
+        ({"max_tokens": 5000}, 5000),
+        ({"backends": ("onnxruntime",), "targets": ()}, 8192),
+    ],
+)
+def test_engines_hold_no_longer_sequence_than_a_clip_needs(
+    tmp_path: Path, small_checkpoint: Path, values: dict[str, Any], tokens: int
+):
+    spec = BuildSpec(**{"backends": RTX, "targets": ("sm89",), **values})
+    bundle = Bundle.open(bundle_from_checkpoint(small_checkpoint, tmp_path / "out", spec))
+    assert bundle.manifest.limits.max_tokens == tokens
+
+
+@pytest.mark.usefixtures("quick", "no_engines")
+def test_clips_that_engines_cannot_take_are_refused_first(tmp_path: Path, small_checkpoint: Path):
+    spec = BuildSpec(backends=RTX, targets=("sm89",), max_frames=4097)
+    with pytest.raises(InputError, match="max_frames is 4097\n  allowed: up to 4096"):
+        bundle_from_checkpoint(small_checkpoint, tmp_path / "out", spec)
+    assert _names(tmp_path) == set()
+    bundle_from_checkpoint(small_checkpoint, tmp_path / "out", replace(spec, max_frames=4096))
 
 
 @pytest.mark.parametrize("output", ["m", "m/inside"])
@@ -592,6 +717,7 @@ def test_space_for_engines_is_counted(
         ({"memory_limit": 5}, "add --backend tensorrt or tensorrt-rtx"),
         ({"plugin": Path("x.so"), "backends": RTX}, "plugin x.so is of no use to tensorrt-rtx"),
         ({"memory_limit": 0, "backends": RTX}, "memory_limit is 0"),
+        ({"memory_limit": 2**63, "backends": RTX}, f"allowed: up to {2**63 - 1}"),
         ({"max_tokens": 0}, "max_tokens is 0"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stts_export.bundle import Bundle, Limits, is_bundle
+from stts_export.bundle import Bundle, Limits, is_bundle, list_files
 from stts_export.errors import InputError, VerificationError
 from stts_export.inspect import describe
 
@@ -76,6 +76,9 @@ def test_a_broken_manifest_is_refused(bundle: Path, content: str):
         Bundle.open(bundle)
 
 
+_BAD_NAMES = ("/etc/passwd", "onnx/../../evil.txt", "..", "onnx//a", "onnx/./a", "./a", "/", "")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -121,6 +124,24 @@ def test_wrong_keys_and_values_are_refused(bundle: Path, change: dict[str, Any])
     _edit(bundle, **change)
     with pytest.raises(InputError):
         describe(bundle)
+
+
+@pytest.mark.parametrize("name", _BAD_NAMES)
+def test_files_outside_the_bundle_are_refused(bundle: Path, name: str):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    path = bundle / name
+    size = path.stat().st_size if path.is_file() else 1
+    _edit(bundle, files={**manifest["files"], name: {"size": size, "sha256": ""}})
+    with pytest.raises(InputError, match="allowed: paths below the bundle"):
+        Bundle.open(bundle)
+
+
+def test_only_the_bundle_s_own_manifest_is_not_listed(tmp_path: Path):
+    (tmp_path / "config").mkdir()
+    for name in ("manifest.json", "build.json", "config/manifest.json", "config/build.json"):
+        (tmp_path / name).write_text("{}")
+    listed = list_files(tmp_path, ignore=("build.json",))
+    assert set(listed) == {"config/manifest.json", "config/build.json"}
 
 
 def test_a_bundle_of_before_max_fps_still_opens(bundle: Path):

@@ -136,8 +136,9 @@ def engines_from_graphs(
         # The command line tool of TensorRT for RTX comes with its SDK, and could not be tried.
         command = "" if target.compute_capabilities else trtexec(job, folder, target.version)
         info = EngineInfo(
-            job.engine.name, graph.name, built.inputs, built.outputs, built.profiles, command
-        )
+            job.engine.name, graph.name, built.inputs, built.outputs, built.profiles, command,
+            built.read_back,
+        )  # fmt: skip
         engines = replace(engines, engines={**engines.engines, name: info})
         engines.write()
     for left in engines.folder.glob("*.partial"):
@@ -211,7 +212,10 @@ def _write_fixed(source: Path, target: Path, capacity: int) -> None:
 
 
 def trtexec(job: EngineJob, folder: Path, version: str) -> str:
-    """Return the command line that builds the same engine, to be run in the bundle's folder."""
+    """Return the command line that builds the same engine, to be run in the bundle's folder.
+
+    It writes beside the manifest, and none of the files that the manifest lists.
+    """
     words = ["trtexec", f"--onnx={job.onnx.relative_to(folder)}", "--noTF32", "--skipInference"]
     if int(version.split(".")[0]) < 11:
         words.append("--stronglyTyped")
@@ -219,13 +223,11 @@ def trtexec(job: EngineJob, folder: Path, version: str) -> str:
         words.append(f"--dynamicPlugins={job.plugin.relative_to(folder)}")
     if job.memory_limit is not None:
         words.append(f"--memPoolSize=workspace:{job.memory_limit}B")
-    if job.timing_cache is not None:
-        words.append(f"--timingCacheFile={job.timing_cache.relative_to(folder)}")
     for index, profile in enumerate(job.profiles):
         if len(job.profiles) > 1:
             words.append(f"--profile={index}")
         words += [f"--{side}Shapes={_shapes(profile, side)}" for side in ("min", "opt", "max")]
-    words.append(f"--saveEngine={job.engine.relative_to(folder)}")
+    words.append(f"--saveEngine={job.engine.name}")
     return shlex.join(words)
 
 

@@ -36,6 +36,9 @@ class EngineInfo:
     """Ranges of shapes; of a shape tensor, ranges of its values."""
     command: str
     """The command line that builds the same engine, run in the bundle folder."""
+    read_back: bool = True
+    """Whether inputs, outputs and profiles were read from the built engine, which takes its GPU;
+    otherwise they are the network's."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ def engine_json(engine: EngineInfo) -> dict[str, Any]:
             for profile in engine.profiles
         ],
         "command": engine.command,
+        "read_back": engine.read_back,
     }
 
 
@@ -142,6 +146,7 @@ def _engine(values: Mapping[str, Any]) -> EngineInfo:
             for profile in values["profiles"]
         ),
         _text(values["command"]),
+        values["read_back"] is True,
     )
 
 

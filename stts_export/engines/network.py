@@ -15,8 +15,9 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
+from stts_export.engines import cuda
 from stts_export.engines.plugin import load_plugin
-from stts_export.errors import InputError
+from stts_export.errors import InputError, MissingDependencyError
 from stts_export.tensors import GraphSpec, Profile, Range, TensorSpec
 
 _DTYPES = {
@@ -70,6 +71,8 @@ class Built:
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...]
     warnings: tuple[str, ...] = field(default=())
+    read_back: bool = True
+    """Whether the engine was loaded for this; of an engine for another GPU, the network says it."""
 
 
 OnStep = Callable[[float], bool]
@@ -104,9 +107,9 @@ def build_engine(trt: Any, job: EngineJob, on_step: OnStep) -> Built:
             file.write_bytes(config.get_timing_cache().serialize())
     with _whole(job.engine) as file:
         file.write_bytes(plan)
-        if job.compute_capabilities:  # this machine's GPU, if any, may be unable to load it
+        if not _loads_here(job):
             _look_for_names(file, job)
-            return Built(inputs, outputs, profiles, warnings)
+            return Built(inputs, outputs, profiles, warnings, read_back=False)
         return replace(_inspect(trt, plan, job, logger), warnings=warnings)
 
 
@@ -133,13 +136,18 @@ def _made(make: Callable[[], Any], job: EngineJob, logger: Any) -> Any:
         raise _failure("cannot be built", job, logger, (str(error),)) from None
 
 
-def _failure(what: str, job: EngineJob, logger: Any, told: tuple[str, ...] = ()) -> InputError:
-    """Make the one error of a failed build from everything that the library said."""
+def _failure(
+    what: str, job: EngineJob, logger: Any, told: tuple[str, ...] = (), fix: str | None = None
+) -> InputError:
+    """Make the one error of a failed build from everything that the library said.
+
+    `fix` is for words of the library that no remedy is known for.
+    """
     words = list(dict.fromkeys([*told, *logger.errors]))
     said = "; ".join(words) or "the library gave no reason"
     fixes = [fix for phrases, fix in _REMEDIES if any(phrase in said for phrase in phrases)]
     return InputError(
-        f"{what} by {job.module}: {said}", where=str(job.onnx), fix="; ".join(fixes) or None
+        f"{what} by {job.module}: {said}", where=str(job.onnx), fix="; ".join(fixes) or fix
     )
 
 
@@ -149,7 +157,8 @@ def _parse(trt: Any, builder: Any, job: EngineJob, logger: Any) -> tuple[Any, An
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(job.onnx)):  # from a file, so that weights are found
-        raise _failure("cannot be read", job, logger, tuple(_parser_errors(parser)))
+        fix = f"build the bundle again with this stts-export, or use another {job.module}"
+        raise _failure("cannot be read", job, logger, tuple(_parser_errors(parser)), fix)
     return network, parser
 
 
@@ -320,6 +329,17 @@ def _attach_timing_cache(config: Any, job: EngineJob) -> tuple[str, ...]:
     return (f"{job.timing_cache} is damaged or of another GPU or TensorRT: measured again",)
 
 
+def _loads_here(job: EngineJob) -> bool:
+    """Whether the engine is for this machine's GPU."""
+    if not job.compute_capabilities:
+        return True
+    try:
+        major, minor = cuda.compute_capability()
+    except MissingDependencyError:
+        return False
+    return f"SM{major}{minor}" in job.compute_capabilities
+
+
 def _look_for_names(file: Path, job: EngineJob) -> None:
     """Check that an engine that cannot be loaded here has the tensors of the contract."""
     with file.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as plan:
@@ -357,15 +377,17 @@ def _inspect(trt: Any, plan: Any, job: EngineJob, logger: Any) -> Built:
         )
 
     profiles = tuple(
-        {name: _range(engine, name, index, job.spec) for name in profile}
+        {name: _range(engine, name, index, job.spec, asked) for name, asked in profile.items()}
         for index, profile in enumerate(job.profiles)
     )
     return Built(read(job.spec.inputs), read(job.spec.outputs), profiles)
 
 
-def _range(engine: Any, name: str, profile: int, spec: GraphSpec) -> Range:
+def _range(engine: Any, name: str, profile: int, spec: GraphSpec, asked: Range) -> Range:
     if any(tensor.name == name and tensor.is_shape for tensor in spec.inputs):
         values = engine.get_tensor_profile_values(profile, name)
+        if not values:  # the bindings' way to say that there are none to be read
+            return asked
     else:
         values = engine.get_tensor_profile_shape(name, profile)
     low, opt, high = (tuple(value) for value in values)

@@ -81,7 +81,8 @@ def targets(
                 f"target {name!r}, but this machine's GPU is {own}",
                 where=NAME,
                 allowed=f"{own}: TensorRT builds on the GPU that the engines will run on",
-                fix="leave --target out and build on the device, from this checkpoint's bundle",
+                fix="leave --target out and build on the device, from this checkpoint's bundle; "
+                "for targets of another back end run another build, with that back end alone",
             )
     library = find_plugin(plugin, bundle) if prunes else None
     return (Target(NAME, MODULE, version, own, graphs(version), plugin=library),)

@@ -14,8 +14,9 @@ from stts_export.tensors import DECODER, GATHER_WINDOWS, VISION_LOWER, VISION_UP
 
 NAME = "tensorrt-rtx"
 MODULE = "tensorrt_rtx"
-TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""Streaming multiprocessor versions that it builds for."""
+TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
+"""Streaming multiprocessor versions that it builds for. Of sm75 it says so too, and then has no
+fp32 matrix product, which the scorer needs at every precision."""
 GRAPHS = (VISION_LOWER, VISION_UPPER, GATHER_WINDOWS, DECODER)
 """In building order."""
 
@@ -48,7 +49,7 @@ def _check(name: str) -> None:
             f"target {name!r}",
             where=NAME,
             allowed=", ".join(TARGETS),
-            fix="for Jetson and datacentre GPUs run `build` on the device with --backend tensorrt",
+            fix="for other GPUs run another build, on the device, with --backend tensorrt",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -12,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import IO, Any
 
 from stts_export.engines.network import Built, EngineJob, build_engine
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 OnFraction = Callable[[float], None]
 _TAIL = 2000  # characters of what a dead child printed
+_PR_SET_PDEATHSIG = 1
 _ERRORS = {error.__name__: error for error in (InputError, MissingDependencyError)}
 
 
@@ -38,14 +39,14 @@ def run_job(job: EngineJob, on_fraction: OnFraction | None = None) -> Built:
     Raises:
         InputError: the library refuses; or the child died, from lack of memory or a crash.
         MissingDependencyError: the library cannot be imported.
+        OSError: a file cannot be read or written.
     """
     reader, writer = os.pipe()
     with tempfile.TemporaryFile() as printed, os.fdopen(reader, encoding="utf-8") as answers:
         try:
             child = subprocess.Popen(
-                [sys.executable, "-m", "stts_export.engines.worker", str(writer)],
-                stdin=subprocess.PIPE, stdout=printed, stderr=printed,
-                pass_fds=(writer,), env=_environment(),
+                [sys.executable, "-c", _program(), str(writer)],
+                stdin=subprocess.PIPE, stdout=printed, stderr=printed, pass_fds=(writer,),
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end the child
             )  # fmt: skip
         finally:
@@ -65,11 +66,13 @@ def run_job(job: EngineJob, on_fraction: OnFraction | None = None) -> Built:
     return result
 
 
-def _environment() -> dict[str, str]:
-    """Let the child import the same package, wherever this process found it."""
-    here = str(Path(__file__).parents[2])
-    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+def _program() -> str:
+    """Let the child import what this process imports, in the same order."""
+    paths = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *sys.path]
+    return (
+        f"import sys; sys.path[:] = {paths!r}; "
+        "from stts_export.engines import worker; worker.main(int(sys.argv[1]))"
+    )
 
 
 def _send(child: subprocess.Popen[bytes], job: EngineJob) -> None:
@@ -86,9 +89,13 @@ def _follow(answers: IO[str], on_fraction: OnFraction) -> Built | None:
     result: Built | None = None
     on_fraction(0.0)
     for line in answers:
+        if not line.endswith("\n"):
+            return None  # the child died while it wrote
         kind, value = json.loads(line)
         if kind == "fraction":
             on_fraction(value)
+        elif kind == "disk":
+            raise OSError(*value)
         elif kind == "error":
             raise _ERRORS[value.pop("type")](**value)
         else:
@@ -124,6 +131,8 @@ def _death(status: int, job: EngineJob, printed: IO[bytes]) -> SttsError:
 
 def main(answers: int) -> None:
     """Build the job on standard input; answer in lines of JSON on the file descriptor."""
+    # Without its parent it would write where the next build does.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with os.fdopen(answers, "w", encoding="utf-8", buffering=1) as stream:
 
         def answer(kind: str, value: Any) -> bool:
@@ -148,8 +157,10 @@ def main(answers: int) -> None:
             words = {name: getattr(error, name) for name in names}
             answer("error", {"type": type(error).__name__, **words})
             return
+        except OSError as error:
+            if error.errno is None:
+                raise
+            file = os.fsdecode(error.filename or job.engine)
+            answer("disk", [error.errno, error.strerror, file])
+            return
         answer("built", pickle.dumps(built).hex())
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def test_what_is_written_is_read(engines: EngineSet):
     assert engines.path("select_pack") == engines.folder / "select_pack.engine"
 
 
+def test_what_was_not_read_back_stays_so(engines: EngineSet):
+    info = replace(engines.engines["select_pack"], read_back=False)
+    other = replace(engines, engines={"select_pack": info})
+    other.write()
+    assert EngineSet.read(engines.folder) == other
+
+
 def test_folders_are_named_by_the_first_three_numbers():
     assert folder_name("tensorrt-rtx", "1.7.1.116", "sm89") == "tensorrt-rtx-1.7.1-sm89"
 
@@ -57,6 +65,7 @@ def _engine(values: dict[str, Any]) -> dict[str, Any]:
         lambda values: values.update(version=10),
         lambda values: values.update(engines=[]),
         lambda values: _engine(values).pop("graph"),
+        lambda values: _engine(values).pop("read_back"),
         lambda values: _engine(values).update(file="../../other/x.engine"),
         lambda values: _engine(values).update(inputs=3),
         lambda values: _engine(values)["inputs"][0].update(shape=["a"]),

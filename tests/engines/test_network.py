@@ -4,25 +4,39 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
+from stts_export.engines import tensorrt_rtx
 from stts_export.engines.network import EngineJob, PhaseTree, build_engine
 from stts_export.engines.worker import run_job
 from stts_export.errors import InputError
 from stts_export.tensors import GraphSpec, Range, TensorSpec
+from tests.standins.fixtures import child_calls, install_cuda, install_tensorrt_rtx
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install 'stts-export[trt-rtx]'")
 
 
-def _graph(folder: Path, operator: str = "Relu", *, to: int = TensorProto.FLOAT) -> Path:
+def _graph(
+    folder: Path,
+    operator: str = "Relu",
+    *,
+    to: int = TensorProto.FLOAT,
+    weights: NDArray[np.float32] | None = None,
+) -> Path:
     """x float32 (rows, 4) -> y float32 (rows, 4)."""
+    constants = [] if weights is None else [numpy_helper.from_array(weights, "w")]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 4])
-    y = helper.make_tensor_value_info("y", to, None)
-    node = helper.make_node(operator, ["x"], ["y"], name="odd_one")
-    graph = helper.make_graph([node], "tiny", [x], [y])
+    shape = ["rows", 4] if to == TensorProto.FLOAT else None
+    y = helper.make_tensor_value_info("y", to, shape)
+    inputs = ["x", *(constant.name for constant in constants)]
+    node = helper.make_node(operator, inputs, ["y"], name="odd_one")
+    graph = helper.make_graph([node], "tiny", [x], [y], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     file = folder / "model.onnx"
     onnx.save(model, file)
@@ -96,8 +110,39 @@ def test_an_operator_that_is_not_supported_is_named(job: EngineJob, tmp_path: Pa
 
 def test_a_file_that_is_no_graph_is_refused(job: EngineJob):
     job.onnx.write_bytes(b"no graph at all")
-    with pytest.raises(InputError, match=r"model\.onnx: cannot be read by tensorrt_rtx"):
+    with pytest.raises(InputError, match=r"model\.onnx: cannot be read by tensorrt_rtx") as error:
         run_job(job)
+    assert error.value.fix == (
+        "build the bundle again with this stts-export, or use another tensorrt_rtx"
+    )
+
+
+def test_a_full_disk(job: EngineJob):
+    job.engine.with_name("tiny.engine.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        run_job(job)
+    assert error.value.filename == str(job.engine)
+    assert _left(job) == set()
+
+
+@pytest.mark.parametrize("target", tensorrt_rtx.TARGETS)
+def test_every_target_multiplies_matrices_of_fp32(job: EngineJob, tmp_path: Path, target: str):
+    _graph(tmp_path, "MatMul", weights=np.ones((4, 4), np.float32))
+    run_job(replace(job, compute_capabilities=(target.upper(),)))
+    assert _left(job) == {"tiny.engine"}
+
+
+@pytest.mark.parametrize(("gpu", "read_back"), [((8, 9), True), ((12, 0), False), (None, False)])
+def test_an_engine_for_this_machine_s_gpu_is_read_back(
+    job: EngineJob, monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int] | None, read_back: bool
+):
+    knobs: dict[str, Any] = {"compute_capability": gpu} if gpu else {"driver": 0}
+    install_tensorrt_rtx(monkeypatch, install_cuda(monkeypatch, **knobs))
+    built = run_job(job)
+    assert built.read_back == read_back
+    deserialized = [name for name, _ in child_calls() if name == "Runtime.deserialize_cuda_engine"]
+    assert bool(deserialized) == read_back
+    assert built.profiles == job.profiles
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +17,14 @@ from stts_export.build import BuildSpec, bundle_from_bundle
 from stts_export.bundle import Bundle
 from stts_export.cli import main
 from stts_export.config import ModelConfig
-from stts_export.engines import plugin, tensorrt
+from stts_export.engines import engine_build, plugin, tensorrt
 from stts_export.engines.engine_build import EngineSpec, engine_specs
+from stts_export.engines.network import build_engine
 from stts_export.engines.plugin import PLUGIN_VARIABLE
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.tensors import Range
 from tests.helpers import small_config
+from tests.standins import running
 from tests.standins.cuda import CudaStandin
 from tests.standins.fixtures import (
     child_calls,
@@ -93,6 +97,22 @@ def test_every_version_builds_what_it_can(
     _check_calls(version, tmp_path / "out.partial/plugins/libstts_plugins.so")
 
 
+def test_values_that_the_engine_does_not_tell_are_those_asked_for(
+    small_bundle: Path, tmp_path: Path, install, monkeypatch: pytest.MonkeyPatch
+):
+    install("10.3")
+    monkeypatch.setattr(running.Engine, "get_tensor_profile_values", lambda *_, **__: [])
+    monkeypatch.setattr(
+        engine_build,
+        "run_job",
+        lambda job, _=None: build_engine(sys.modules["tensorrt"], job, lambda _: True),
+    )
+    output = bundle_from_bundle(small_bundle, tmp_path / "out", SPEC)
+    (engines,) = Bundle.open(output).engine_sets()
+    profile = engines.engines["select_pack"].profiles[0]
+    assert profile["kept_count"] == Range((1,), (48,), (96,))
+
+
 def _check_calls(version: str, kept: Path) -> None:
     """Networks are strongly typed and exact, memory is bounded, one build needs the plugin."""
     flags = {call["flags"] for call in _arguments("Builder.create_network")}
@@ -116,16 +136,18 @@ def test_the_equivalent_command_is_printed_and_kept(
     (engines,) = Bundle.open(output).engine_sets()
     for engine in engines.engines.values():
         assert engine.command in printed
-    folder = "engines/tensorrt-10.3.0-sm87"
     assert engines.engines["select_pack"].command == (
         "trtexec --onnx=onnx/select_pack/model.onnx --noTF32 --skipInference --stronglyTyped "
         "--dynamicPlugins=plugins/libstts_plugins.so --memPoolSize=workspace:2147483648B "
-        f"--timingCacheFile={folder}/timing.cache "
         "--minShapes=scores:1x6,hidden:1x54x24,kept_count:1 "
         "--optShapes=scores:16x6,hidden:16x54x24,kept_count:48 "
         "--maxShapes=scores:16x6,hidden:16x54x24,kept_count:96 "
-        f"--saveEngine={folder}/select_pack.engine"
+        "--saveEngine=select_pack.engine"
     )
+    for engine in engines.engines.values():  # what is written is none of the manifest's files
+        (written,) = re.findall("--(?:saveEngine|timingCacheFile)=([^ ]+)", engine.command)
+        (output / written).write_bytes(b"another engine")
+    Bundle.open(output).check_hashes()
     decoder = engines.engines["decoder"].command
     assert decoder.index("--profile=0 --minShapes=") < decoder.index("--profile=1 --minShapes=")
 
@@ -186,8 +208,10 @@ def test_a_model_without_a_scorer_needs_no_plugin(install, monkeypatch: pytest.M
 def test_a_target_must_be_the_machine(install):
     install("10.3")
     assert tensorrt.targets(("sm87",), prunes=False)[0].folder == "tensorrt-10.3.0-sm87"
-    with pytest.raises(InputError, match="target 'sm89', but this machine's GPU is sm87"):
+    with pytest.raises(InputError, match="target 'sm89', but this machine's GPU is sm87") as error:
         tensorrt.targets(("sm89",), prunes=False)
+    assert error.value.where == "tensorrt"
+    assert "run another build, with that back end alone" in str(error.value)
 
 
 def test_a_plugin_of_another_version_is_refused_before_the_work(

@@ -73,6 +73,7 @@ def test_inspect_lists_engines(rtx_bundle: Path, capsys):
     text = capsys.readouterr().out
     assert "vision_upper engine, tensorrt-rtx 1.7.1.116 for sm120 (" in text
     assert "profile bins 1x729x64..8x729x64, segment 1x81..8x81" in text
+    assert text.count("as the network was, not read back from the engine") == 8
     assert main(["inspect", str(rtx_bundle), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)["engines"]["tensorrt-rtx-1.7.1-sm89"]
     assert (values["backend"], values["target"]) == ("tensorrt-rtx", "sm89")
@@ -108,11 +109,12 @@ def test_a_bundle_with_damaged_engines_is_refused(rtx_bundle: Path, tmp_path: Pa
         describe(bundle)
 
 
-@pytest.mark.parametrize("target", ["sm87", "sm90", "sm100", "sm110", "8.9", ""])
+@pytest.mark.parametrize("target", ["sm75", "sm87", "sm90", "sm100", "sm110", "8.9", ""])
 def test_targets_that_it_does_not_build_for(target: str):
-    with pytest.raises(InputError, match="allowed: sm75, sm80, sm86, sm89, sm120, sm121") as error:
+    with pytest.raises(InputError, match="allowed: sm80, sm86, sm89, sm120, sm121") as error:
         tensorrt_rtx.targets((target,))
-    assert "--backend tensorrt" in str(error.value)
+    assert error.value.where == "tensorrt-rtx"
+    assert "run another build, on the device, with --backend tensorrt" in str(error.value)
 
 
 def test_without_a_target_the_gpu_of_the_machine_is_taken(monkeypatch: pytest.MonkeyPatch):

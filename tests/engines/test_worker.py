@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,60 @@ def test_the_death_of_the_child_is_one_error(job: EngineJob, body: str, message:
     assert not job.engine.exists()
 
 
+_KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("answer", ['["fraction", 0.', '["built", "8004', "", "["])
+def test_a_child_that_dies_while_it_answers(job: EngineJob, answer: str):
+    _library(job, f"os.write(int(sys.argv[1]), {answer.encode()!r}); {_KILLED}")
+    with pytest.raises(InputError, match=r"was killed \(SIGKILL\)"):
+        run_job(job)
+
+
+def test_a_full_disk_is_an_error_of_the_disk(job: EngineJob):
+    _library(job, "def __getattr__(name): raise OSError(28, 'No space left on device')")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        run_job(job)
+    assert (error.value.errno, error.value.filename) == (28, str(job.engine))
+
+
+def test_the_child_ends_with_its_parent(job: EngineJob, tmp_path: Path):
+    lock = tmp_path / "lock"
+    _library(
+        job,
+        f"import fcntl\nfile = open({str(lock)!r}, 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('locked', file=file, flush=True)\ntime.sleep(600)",
+    )
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps(job))
+    code = (
+        "import pickle, sys; from stts_export.engines.worker import run_job; "
+        "run_job(pickle.load(open(sys.argv[1], 'rb')))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "job.pickle")])
+    try:
+        _wait(lambda: lock.exists() and lock.read_text() == "locked\n")
+    finally:
+        parent.kill()
+        parent.wait()
+    with lock.open() as file:
+
+        def free() -> bool:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+        _wait(free)
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("body", ["raise OSError('libcudart.so.13: cannot open')", None])
 def test_a_library_that_is_not_there(job: EngineJob, body: str | None):
     if body:
@@ -86,6 +143,20 @@ def test_the_child_finds_the_package_from_anywhere(
 ):
     monkeypatch.chdir(tmp_path)
     _library(job, "raise ImportError('found')")
+    with pytest.raises(MissingDependencyError, match="found"):
+        run_job(job)
+
+
+def test_the_child_imports_what_its_parent_does(
+    job: EngineJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for folder in (tmp_path, tmp_path / "modules" / "late"):
+        folder.mkdir(exist_ok=True)
+        (folder / "json.py").write_text("raise ImportError('not the json that was meant')")
+    (tmp_path / "modules" / "late" / "late_module.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules" / "late")])
+    _library(job, "import late_module; raise ImportError('found')")
     with pytest.raises(MissingDependencyError, match="found"):
         run_job(job)
 
