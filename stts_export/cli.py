@@ -161,8 +161,10 @@ def _build_options(verb: argparse.ArgumentParser) -> None:
         "--max-frames", type=int, help="longest clip; the checkpoint's num_frames, or 64, if absent"
     )
     verb.add_argument(
-        "--max-tokens", type=int, help="longest sequence; the model's longest if absent"
-    )
+        "--max-tokens", type=int,
+        help="longest sequence; if absent the model's longest, and with engines no more than the "
+        "longest clip needs",
+    )  # fmt: skip
     verb.add_argument("--min-prune-ratio", type=float, help="lowest ratio the bundle accepts (0)")
     verb.add_argument(
         "--memory-limit", metavar="SIZE",
@@ -206,10 +208,13 @@ def _build(arguments: Arguments) -> int:
             on_progress=report,
         )
     seconds = time.perf_counter() - started
-    for engines in Bundle.open(bundle).engine_sets():
+    opened = Bundle.open(bundle)
+    for engines in opened.engine_sets():
         for engine in filter(None, (engine.command for engine in engines.engines.values())):
             print(f"in {bundle}: {engine}", file=sys.stderr)
+    limits = opened.manifest.limits
     print(f"{bundle}: {readable_size(_bytes_below(bundle))}, built in {seconds:.0f} s")
+    print(f"takes up to {limits.max_frames} frames and {limits.max_tokens} tokens")
     return 0
 
 
@@ -471,6 +476,7 @@ def _eval_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--clips", type=int, default=250, help="different clips (250)")
     verb.add_argument("--prune-ratio", default="0,0.5,0.8", help="ratios, comma separated")
     verb.add_argument("--selector", default="stts,random", help="stts, random; comma separated")
+    _backend_options(verb)
     verb.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -493,6 +499,8 @@ def _eval(arguments: Arguments) -> int:
         clips=arguments.clips,
         ratios=ratios,
         selectors=arguments.selector.split(","),
+        backend=arguments.backend,
+        plugin=arguments.plugin,
     )
     results["precision"] = Bundle.open(arguments.bundle).manifest.precision
     results["machine"] = machine()
@@ -528,8 +536,10 @@ def _writing(path: Path) -> Iterator[None]:
 def _command(arguments: Arguments) -> str:
     """Return the command line that gives the same results."""
     words = ["stts-export", "eval", str(arguments.bundle)]
-    for name in ("questions", "clips", "prune_ratio", "selector"):
-        words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    for name in ("questions", "clips", "prune_ratio", "selector", "backend", "plugin"):
+        value = getattr(arguments, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from stts_export.bundle import GRAPH_FOLDER, Bundle
-from stts_export.engines.runner import TENSORRT_RTX
+from stts_export.engines.runner import TENSORRT_RTX, fitting_profile
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.runtime.decoder import Runner
 from stts_export.tensors import DECODER, VISION_LOWER, VISION_UPPER, Precision, graph_file
@@ -29,6 +29,20 @@ if TYPE_CHECKING:
     from stts_export.model.vlm import SttsModel
 
 Arrays = dict[str, NDArray[Any]]
+
+_INPUTS = '''\
+"""The inputs of the call: inputs.json, and what is all zero, as a cache that is still empty."""
+
+import numpy as np
+from polygraphy.json import load_json
+
+ZEROS = {zeros!r}
+
+
+def load_data():
+    zeros = {{name: np.zeros(shape, dtype) for name, (shape, dtype) in ZEROS.items()}}
+    return [{{**load_json("inputs.json"), **zeros}}]
+'''
 
 
 @dataclass(frozen=True)
@@ -175,16 +189,15 @@ def write_repro(
         worst.setdefault(entry.call.graph, entry)
     chosen = [entry for entry in worst.values() if entry.excess > 1]
     chosen = chosen or list(worst.values())[:1]
-    partial = folder.with_name(folder.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        for entry in chosen:
-            _write(partial / entry.call.graph, bundle, backend, entry)
-        os.replace(partial, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".repro-") as beside:
+            partial = Path(beside) / "repro"
+            for entry in chosen:
+                _write(partial / entry.call.graph, bundle, backend, entry)
+            os.replace(partial, folder)
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}", where=str(folder)) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return [folder / entry.call.graph for entry in chosen]
 
 
@@ -192,7 +205,11 @@ def _write(folder: Path, bundle: Bundle, backend: str, entry: Difference) -> Non
     comparator: Any = importlib.import_module("polygraphy.comparator")
     json: Any = importlib.import_module("polygraphy.json")
     folder.mkdir(parents=True)
-    json.save_json([entry.call.inputs], str(folder / "inputs.json"))
+    inputs = entry.call.inputs
+    zeros = {name: (a.shape, a.dtype.name) for name, a in inputs.items() if not a.any()}
+    others = {name: a for name, a in inputs.items() if name not in zeros}
+    json.save_json(others, str(folder / "inputs.json"))
+    (folder / "inputs.py").write_text(_INPUTS.format(zeros=zeros), encoding="utf-8")
     results = comparator.RunResults()
     results.append(("pytorch-fp32", [comparator.IterationResult(dict(entry.expected))]))
     results.save(str(folder / "expected.json"))
@@ -204,7 +221,7 @@ def _write(folder: Path, bundle: Bundle, backend: str, entry: Difference) -> Non
 def _script(bundle: Bundle, backend: str, entry: Difference) -> str:
     graph, precision = entry.call.graph, bundle.manifest.precision
     shared = [
-        "--load-inputs", "inputs.json", "--load-outputs", "expected.json",
+        "--data-loader-script", "inputs.py", "--load-outputs", "expected.json",
         *_comparison(entry.expected, precision),
     ]  # fmt: skip
     lines = [
@@ -217,7 +234,7 @@ def _script(bundle: Bundle, backend: str, entry: Difference) -> str:
     ]
     commands = [
         ["polygraphy", "run", f"$BUNDLE/{file}", *options, *shared]
-        for file, options in _models(bundle, backend, graph)
+        for file, options in _models(bundle, backend, entry.call)
     ]
     if backend == TENSORRT_RTX:
         lines.append("export POLYGRAPHY_USE_TENSORRT_RTX=1")
@@ -225,15 +242,17 @@ def _script(bundle: Bundle, backend: str, entry: Difference) -> str:
     return "\n".join([*lines, "exit $status", ""])
 
 
-def _models(bundle: Bundle, backend: str, graph: str) -> list[tuple[str, list[str]]]:
+def _models(bundle: Bundle, backend: str, call: Call) -> list[tuple[str, list[str]]]:
     """Files of a graph below the bundle with the options that run them: engines, then ONNX."""
-    base = graph.partition("-")[0]
+    base = call.graph.partition("-")[0]
     models: list[tuple[str, list[str]]] = []
     for engines in bundle.engine_sets():
         if engines.backend == backend and base in engines.engines:
             file = engines.path(base).relative_to(bundle.folder).as_posix()
-            models.append((file, ["--model-type", "engine", "--trt"]))
-    return [*models, (f"{GRAPH_FOLDER}/{graph_file(graph)}", ["--onnxrt"])]
+            profile = fitting_profile(engines.engines[base], call.inputs)
+            options = ["--model-type", "engine", "--trt", "--optimization-profile", str(profile)]
+            models.append((file, options))
+    return [*models, (f"{GRAPH_FOLDER}/{graph_file(call.graph)}", ["--onnxrt"])]
 
 
 def _comparison(expected: Arrays, precision: Precision) -> list[str]:

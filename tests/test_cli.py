@@ -273,6 +273,7 @@ def test_build_and_its_errors(tmp_path: Path, small_checkpoint: Path, capsys):
     assert main([*arguments, "--max-frames", "9"]) == 0
     printed = capsys.readouterr()
     assert "MB, built in" in printed.out
+    assert "takes up to 9 frames and 8192 tokens" in printed.out
     assert "vision_lower" in printed.err
     assert main(arguments) == 1
     assert "exists already" in capsys.readouterr().err
@@ -287,6 +288,7 @@ def test_build_and_its_errors(tmp_path: Path, small_checkpoint: Path, capsys):
         (["--backend", "tensorrt-rtx", "--memory-limit", "4T"], "4G or 512M"),
         (["--backend", "tensorrt-rtx", "--memory-limit", "-1"], "4G or 512M"),
         (["--backend", "tensorrt-rtx", "--memory-limit", "nan"], "4G or 512M"),
+        (["--backend", "tensorrt-rtx", "--memory-limit", "99999999999"], "allowed: up to 9223372"),
         (["--backend", "tensorrt-rtx", "--plugin", "x.so"], "plugin x.so is of no use"),
         ([], "nothing to build: a bundle runs on ONNX Runtime as it is"),
     ],

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.model import full_size_config
 from stts_export.cli import main
+from stts_export.engines.engine_build import trtexec
+from stts_export.engines.network import EngineJob
+from stts_export.tensors import SELECT_PACK, graph_file, graph_specs, profiles
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,6 +96,31 @@ def test_commands_of_the_tensorrt_guide_run(
     shown = capsys.readouterr().out
     assert "vision_upper engine, tensorrt-rtx" in shown
     assert "for sm120" in shown
+
+
+def test_the_trtexec_line_of_the_guide_is_ours():
+    """The line written by hand has the options and shapes of the one that `build` prints."""
+    (written,) = re.findall(r"^    (trtexec .*?[^\\]\n)", TENSORRT, flags=re.MULTILINE | re.DOTALL)
+    config = full_size_config()
+    spec = graph_specs(config, "fp16")[SELECT_PACK]
+    bundle = Path("BUNDLE")
+    job = EngineJob(
+        "tensorrt",
+        spec,
+        bundle / "onnx" / graph_file(SELECT_PACK),
+        bundle / "engines" / "select_pack.engine",
+        profiles(spec, config, max_frames=128, max_tokens=1),
+        plugin=bundle / "plugins" / "libstts_plugins.so",
+    )
+    ours = _options(trtexec(job, bundle, "10.3.0"))
+    theirs = _options(written.replace("\\\n", " "))
+    assert theirs.keys() == ours.keys()
+    for name in ("--minShapes", "--optShapes", "--maxShapes", "--saveEngine"):
+        assert theirs[name] == ours[name]
+
+
+def _options(command: str) -> dict[str, str]:
+    return dict(word.partition("=")[::2] for word in shlex.split(command)[1:])
 
 
 def test_make_targets_exist():

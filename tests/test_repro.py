@@ -39,6 +39,7 @@ def test_differences_are_reproduced_graph_by_graph(tmp_path: Path, small_bundle:
         "vision_lower", "vision_upper-frames", "vision_upper", "decoder"
     }  # fmt: skip
     assert {f.name for f in (tmp_path / "repro").iterdir()} == {f.name for f in folders}
+    assert "past_key_values" not in (tmp_path / "repro/decoder/inputs.json").read_text()
     for folder in folders:
         done = _reproduce(folder)
         assert done.returncode == 1, done.stderr
@@ -128,3 +129,14 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path, small_bu
     with pytest.raises(InputError, match="cannot be written"):
         write_repro(tmp_path / "file" / "repro", Bundle.open(small_bundle), "onnxruntime", [entry])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_lies_beside_the_folder_stays(tmp_path: Path, small_bundle: Path):
+    mine = tmp_path / "repro.partial" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("")
+    value = {"logits": np.zeros((1, 3), np.float32)}
+    entry = Difference(Call("decoder", value, value), value, 2.0)
+    write_repro(tmp_path / "repro", Bundle.open(small_bundle), "onnxruntime", [entry])
+    assert mine.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"repro", "repro.partial"}

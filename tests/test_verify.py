@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from stts_export.bundle import Bundle
 from stts_export.cli import main
+from stts_export.engines import onnxruntime
 from stts_export.errors import InputError
 from stts_export.runtime import decoder
 from stts_export.verify import MAX_FLIPPED, _MaskedUpper, verify
@@ -61,6 +63,32 @@ def test_a_decoder_that_stops_at_once_is_found(
     monkeypatch.setattr(decoder, "generate", lambda *_, **__: nothing)
     report = verify(small_bundle, small_checkpoint)
     assert {c.name for c in report.checks if not c.passed} == {"greedy tokens differ"}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_logits_that_overflow_are_a_difference(
+    tmp_path: Path,
+    small_bundle: Path,
+    small_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    late: bool,
+):
+    """With the prompt, or only with a later token."""
+    real = onnxruntime.Runner.__call__
+
+    def overflow(*arguments: Any) -> Any:
+        outputs = real(*arguments)
+        if "logits" in outputs and (arguments[1]["input_ids"].shape[1] == 1 or not late):
+            outputs["logits"][0, 0] = np.inf
+        return outputs
+
+    monkeypatch.setattr(onnxruntime.Runner, "__call__", overflow)
+    report = verify(small_bundle, small_checkpoint, keep_repro=tmp_path / "repro")
+    failed = [check for check in report.checks if not check.passed]
+    of_prompt = set() if late else {("logits", float("inf"))}
+    assert {(c.name, c.got) for c in failed} == {*of_prompt, ("greedy tokens differ", 1.0)}
+    assert late or report.repro == [str(tmp_path / "repro" / "decoder")]
+    assert main(["verify", str(small_bundle), "--against", str(small_checkpoint)]) == 3
 
 
 def test_a_broken_masked_graph_is_found(

@@ -588,10 +588,19 @@ def _from_interface(values: Any, stream: Stream) -> DeviceArray:
         _check_strides(shape, interface["strides"], dtype)
     if interface.get("mask") is not None:
         raise InputError("a masked array", where="frames", allowed="an array without a mask")
+    pointer = int(interface["data"][0])
+    if pointer:  # of an empty array it may be 0
+        device = int(call("cudaPointerGetAttributes", pointer).device)
+        if device != stream.device:
+            raise InputError(
+                f"the array lies on device {device}",
+                where="frames",
+                allowed=f"the session's device, cuda:{stream.device}",
+            )
     writer = interface.get("stream")
     if writer is not None:
         call("cudaStreamSynchronize", int(writer))
-    return DeviceArray(int(interface["data"][0]), shape, dtype, stream, values)
+    return DeviceArray(pointer, shape, dtype, stream, values)
 
 
 def _check_strides(shape: tuple[int, ...], strides: Any, dtype: np.dtype[Any]) -> None:

@@ -7,6 +7,7 @@ build tree of a source checkout.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import struct
 from pathlib import Path
@@ -19,6 +20,10 @@ PLUGIN_VARIABLE = "STTS_PLUGIN_PATH"
 PLUGIN_FOLDER = "plugins"
 PLUGIN_FILE = "libstts_plugins.so"
 PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "SttsSelectPack", "1", "stts"
+
+_loaded: Path | None = None
+"""What `load_plugin` made known to TensorRT; it stays for the life of the process."""
+_log = logging.getLogger(__name__)
 
 _BUILD_TREE = Path(__file__).parents[2] / "build" / "release" / PLUGIN_FILE
 _HOW = (
@@ -111,7 +116,7 @@ def _is_cut_short(path: Path) -> bool:
 
 
 def load_plugin(trt: Any, given: Path | None = None, bundle: Path | None = None) -> None:
-    """Make the plugin known to a TensorRT, once per process.
+    """Make the plugin known to a TensorRT, once per process; later ones are named in a warning.
 
     Args:
         trt: the module `tensorrt`.
@@ -122,12 +127,16 @@ def load_plugin(trt: Any, given: Path | None = None, bundle: Path | None = None)
         InputError: see `find_plugin`; or TensorRT does not accept the library.
         MissingDependencyError: there is no library.
     """
+    global _loaded
     registry = trt.get_plugin_registry()
     known = _known(registry)
     if known and _chosen(given) is None:
         return
     path = find_plugin(given, bundle)  # what was named is checked in any case
     if known:
+        if path.resolve() != _loaded:
+            before = _loaded or "the plugin that was loaded before"
+            _log.warning("%s is not loaded: %s stays until this process ends", path, before)
         return
     try:
         loaded = registry.load_library(str(path))
@@ -142,6 +151,7 @@ def load_plugin(trt: Any, given: Path | None = None, bundle: Path | None = None)
             where=str(path),
             fix=_HOW,
         )
+    _loaded = path.resolve()
 
 
 def _known(registry: Any) -> bool:

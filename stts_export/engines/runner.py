@@ -62,10 +62,10 @@ class Runner:
         self._contexts = contexts
         self._memory = memory
         self._words = words
-        self._where = f"{info.file} of TensorRT"
+        self._info = info
+        self._where = _where(info)
         self._inputs = {tensor.name: tensor for tensor in info.inputs}
         self._outputs = {tensor.name: tensor for tensor in info.outputs}
-        self._profiles = info.profiles
         names = (*self._inputs, *self._outputs)
         host = [name for name in names if engine.get_tensor_location(name).name == "HOST"]
         self._on_host = frozenset(host)
@@ -126,7 +126,7 @@ class Runner:
         self._memory.stream.activate()
         in_place = in_place or {}
         self._check(inputs)
-        context = self._contexts[self._profile(inputs)]
+        context = self._contexts[fitting_profile(self._info, inputs)]
         self._words.clear()
         moved = self._send(context, inputs)
         outputs = self._bind_outputs(context, in_place)
@@ -153,37 +153,6 @@ class Runner:
                     f"{self._where}: {name} is {array.dtype} {array.shape}, "
                     f"not {tensor.dtype} {tensor.shape}"
                 )
-
-    def _profile(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> int:
-        """Index of the first profile that takes these inputs."""
-        misfit = None
-        for index, profile in enumerate(self._profiles):
-            misfit = self._misfit(profile, inputs)
-            if misfit is None:
-                return index
-        if misfit is not None:
-            raise misfit
-        return 0
-
-    def _misfit(
-        self, profile: Profile, inputs: Mapping[str, NDArray[Any] | DeviceArray]
-    ) -> InputError | None:
-        """What a profile does not take."""
-        for name, limits in profile.items():
-            array = inputs[name]
-            got, what = array.shape, "has shape"
-            if self._inputs[name].is_shape and isinstance(array, np.ndarray):
-                got, what = tuple(array.tolist()), "is"
-            ranges = zip(limits.min, got, limits.max, strict=True)
-            if not all(low <= side <= high for low, side, high in ranges):
-                return InputError(
-                    f"{name} {what} {got}",
-                    where=self._where,
-                    allowed=f"from {limits.min} to {limits.max}",
-                    fix="pass fewer frames, raise the prune ratio or shorten the prompt, or build "
-                    "the engines from a bundle with a larger --max-frames",
-                )
-        return None
 
     def _send(
         self, context: Any, inputs: Mapping[str, NDArray[Any] | DeviceArray]
@@ -283,6 +252,48 @@ class Runner:
     def _demand(self, fits: bool, problem: str) -> None:
         if not fits:
             raise self._words.error(problem, self._where)
+
+
+def _where(info: EngineInfo) -> str:
+    return f"{info.file} of TensorRT"
+
+
+def fitting_profile(info: EngineInfo, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> int:
+    """Index of the first profile of an engine that takes these inputs.
+
+    Raises:
+        InputError: none does.
+    """
+    misfit = None
+    for index, profile in enumerate(info.profiles):
+        misfit = _misfit(info, profile, inputs)
+        if misfit is None:
+            return index
+    if misfit is not None:
+        raise misfit
+    return 0
+
+
+def _misfit(
+    info: EngineInfo, profile: Profile, inputs: Mapping[str, NDArray[Any] | DeviceArray]
+) -> InputError | None:
+    """What a profile does not take."""
+    by_value = {tensor.name for tensor in info.inputs if tensor.is_shape}
+    for name, limits in profile.items():
+        array = inputs[name]
+        got, what = array.shape, "has shape"
+        if name in by_value and isinstance(array, np.ndarray):
+            got, what = tuple(array.tolist()), "is"
+        ranges = zip(limits.min, got, limits.max, strict=True)
+        if not all(low <= side <= high for low, side, high in ranges):
+            return InputError(
+                f"{name} {what} {got}",
+                where=_where(info),
+                allowed=f"from {limits.min} to {limits.max}",
+                fix="pass fewer frames, raise the prune ratio or shorten the prompt, or build "
+                "the engines from a bundle with a larger --max-frames",
+            )
+    return None
 
 
 _Place = tuple[int, tuple[int, ...]]
@@ -518,8 +529,10 @@ class Engines:
         if context is None:
             raise words.error("cannot be started", info.file)
         context.set_device_memory(scratch.pointer, scratch.nbytes)
-        if not context.set_optimization_profile_async(profile, self.stream.handle):
-            raise words.error(f"has no profile {profile}", info.file)
+        try:
+            context.set_optimization_profile_async(profile, self.stream.handle)
+        except RuntimeError:  # the bindings' way of saying False
+            raise words.error(f"does not start with profile {profile}", info.file) from None
         return context
 
 
@@ -551,7 +564,7 @@ def open_engines(
     if threads is not None:
         raise InputError(
             f"{threads} threads", where=backend, allowed="none: engines run on the GPU",
-            fix="leave threads out, or open the bundle with backend onnxruntime",
+            fix="leave threads out",
         )  # fmt: skip
     if plugin is not None and backend != TENSORRT:
         raise InputError(f"plugin {plugin}", where=backend, allowed="plugins of tensorrt only")

@@ -20,6 +20,10 @@ from stts_export.tensors import ACTIVATION, Precision, past_names, present_names
 OnToken = Callable[[int], None]
 
 
+class NotFiniteError(InputError):
+    """Logits have NaN or infinity."""
+
+
 class Runner(Protocol):
     """What a back end opens: `engines.onnxruntime.Runner` or `engines.runner.Runner`.
 
@@ -166,7 +170,7 @@ def step(
         (V,) logits after the last of them.
 
     Raises:
-        InputError: logits have NaN or infinity, as after an overflow in fp16.
+        NotFiniteError: logits have NaN or infinity, as after an overflow in fp16.
     """
     inputs = {
         "input_ids": ids[None],
@@ -178,7 +182,7 @@ def step(
     cache.advance(len(ids))
     logits: NDArray[np.float32] = outputs["logits"][0]
     if not np.isfinite(logits).all():
-        raise InputError(
+        raise NotFiniteError(
             "logits are not finite",
             where="decoder",
             fix="a value overflowed: build the bundle with --precision fp32",

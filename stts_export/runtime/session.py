@@ -17,7 +17,7 @@ from stts_export.config import ModelConfig
 from stts_export.engines import cuda, onnxruntime
 from stts_export.engines.cuda import DeviceArray
 from stts_export.engines.runner import BACKENDS, Engines, backend_of, open_engines
-from stts_export.errors import InputError
+from stts_export.errors import InputError, SttsError
 from stts_export.runtime import decoder, planner, vision
 from stts_export.runtime.prompt import (
     Conversation,
@@ -173,14 +173,21 @@ class Session:
                 for name in (VISION_LOWER, VISION_UPPER_FRAMES, DECODER)
             }
             return Session(opened, runners, prompts)
-        engines = open_engines(
-            opened.folder,
-            opened.manifest.targets,
-            chosen,
-            device=device,
-            threads=threads,
-            plugin=None if plugin is None else Path(plugin),
-        )
+        try:
+            engines = open_engines(
+                opened.folder,
+                opened.manifest.targets,
+                chosen,
+                device=device,
+                threads=threads,
+                plugin=None if plugin is None else Path(plugin),
+            )
+        except SttsError as error:
+            asked = backend is not None or plugin is not None
+            if not asked and onnxruntime.NAME in opened.manifest.targets:
+                way_out = f"--backend {onnxruntime.NAME}"
+                error.fix = f"{error.fix}; or use {way_out}" if error.fix else f"use {way_out}"
+            raise
         return Session(opened, dict(engines.runners), prompts, engines)
 
     def __enter__(self) -> Session:
@@ -456,6 +463,12 @@ class Session:
     def _frame_array(self, frames: object) -> NDArray[np.uint8] | DeviceArray:
         """Return (T, height, width, 3), given as one array or as T of them."""
         if isinstance(frames, (list, tuple)):
+            if any(map(cuda.is_on_device, frames)):
+                raise InputError(
+                    f"a {type(frames).__name__} of frames in the memory of a GPU",
+                    where="frames",
+                    allowed="one array of T frames there, or a list of frames on the host",
+                )
             frames = _array(frames, "frames")
         if isinstance(frames, np.ndarray):
             check_frames(frames)

@@ -114,6 +114,8 @@ def evaluate(
     selectors: Sequence[str] = SELECTORS,
     seed: int = 0,
     threads: int | None = None,
+    backend: str | None = None,
+    plugin: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle's accuracy on held-out clips.
 
@@ -126,13 +128,17 @@ def evaluate(
             windows after it.
         seed: first clip of the test split, and the seed of random windows.
         threads: threads within an operator; all cores when None.
+        backend: as for `Session.open`.
+        plugin: as for `Session.open`.
 
     Returns:
         Plain values for JSON: `rows` with ratio, selector, accuracy by type and `all`, right
-        answers by type; `questions` by type and `all`; `chance` by type; `clips`; `seed`.
+        answers by type; `questions` by type and `all`; `chance` by type; `clips`; `seed`;
+        `backend`.
 
     Raises:
-        InputError: an unknown selector, or more questions than the clips have.
+        InputError: an unknown selector, more questions than the clips have, or as `Session.open`.
+        MissingDependencyError: as `Session.open`.
     """
     from stts_export import Session
 
@@ -146,7 +152,7 @@ def evaluate(
         setting: dict.fromkeys(TYPES, 0) for setting in _settings(ratios, selectors)
     }
     with (
-        Session.open(bundle, threads=threads) as session,
+        Session.open(bundle, backend, threads=threads, plugin=plugin) as session,
         tempfile.TemporaryDirectory() as folder,
         Progress("evaluate", len(chosen), "clips") as progress,
     ):
@@ -159,7 +165,8 @@ def evaluate(
                 for question in _answered(session, video, test, ratio, selector, rng):
                     counts[question.type] += 1
             progress.update(done)
-    return _summary(chosen, right, seed)
+        used = session.backend
+    return {**_summary(chosen, right, seed), "backend": used}
 
 
 def _settings(ratios: Sequence[float], selectors: Sequence[str]) -> list[tuple[float, str]]:

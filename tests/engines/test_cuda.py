@@ -245,6 +245,19 @@ def test_arrays_of_other_libraries_that_cannot_be_used(memory: Memory):
             cuda.from_device(given, memory.stream)
 
 
+def test_arrays_of_another_gpu_are_refused(monkeypatch: pytest.MonkeyPatch):
+    install_cuda(monkeypatch, devices=2)
+    theirs, ours = Memory(Stream(1)), Stream(0)
+    theirs.stream.activate()
+    array, empty = theirs.zeros((2, 3), np.uint8), theirs.zeros((0, 3), np.uint8)
+    with pytest.raises(InputError, match="the array lies on device 1") as error:
+        cuda.from_device(Foreign(array), ours)
+    assert "cuda:0" in str(error.value)
+    assert len(cuda.from_device(Foreign(empty, data=(0, False)), ours)) == 0
+    theirs.close()
+    ours.close()
+
+
 class DlpackArray:
     """An array of another library, by way of DLPack; counts what is freed."""
 

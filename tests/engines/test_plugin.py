@@ -116,3 +116,16 @@ def test_what_is_named_is_checked_when_one_is_loaded_already(trt: ModuleType, tm
     load_plugin(trt, _library(tmp_path / "first"))
     with pytest.raises(InputError, match=r"none\.so: is no file"):
         load_plugin(trt, tmp_path / "none.so")
+
+
+def test_one_that_comes_too_late_is_named(
+    trt: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    first, second = _library(tmp_path / "first"), _library(tmp_path / "second")
+    load_plugin(trt, first)
+    (tmp_path / "link.so").symlink_to(first)
+    for same in (first, tmp_path / "link.so", None):
+        load_plugin(trt, same)
+    assert not caplog.messages
+    load_plugin(trt, second)
+    assert caplog.messages == [f"{second} is not loaded: {first} stays until this process ends"]

@@ -21,7 +21,7 @@ from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpo
 from stts_export.bundle import Bundle
 from stts_export.engines.cuda import Memory, Stream
 from stts_export.engines.runner import EngineError
-from stts_export.errors import InputError, MissingDependencyError
+from stts_export.errors import InputError, MissingDependencyError, SttsError
 from stts_export.repro import Call, Difference, Recorder, write_repro
 from stts_export.runtime import planner
 from stts_export.runtime.video import VideoClip
@@ -347,6 +347,10 @@ def test_frames_on_the_device_must_have_the_models_size(session: Session):
         assert "84 x 126" in str(error.value)
         with pytest.raises(InputError, match="got float32 of shape"):
             session.encode(theirs.zeros((2, 84, 126, 3), np.float32), 0.5)
+        frame = Foreign(theirs.zeros((84, 126, 3), np.uint8))
+        with pytest.raises(InputError, match="a list of frames in the memory") as error:
+            session.encode([frame, frame], 0.5)
+        assert "one array of T frames" in str(error.value)
     finally:
         theirs.close()
 
@@ -383,6 +387,16 @@ def test_what_tensorrt_says_is_in_the_message(session: Session, machine: Machine
     assert "--max-frames" in str(error.value)
     machine.trt.standin.fail_execute = None
     assert session.encode(random_frames(3), 0.5).kept_windows == 9
+
+
+def test_a_context_that_does_not_start(machine: Machine, bundle: Path):
+    machine.trt.standin.fail_execute = "CUDA out of memory"
+    with pytest.raises(InputError, match=r"does not start with profile 0, .*too little memory"):
+        machine.open(bundle)
+    machine.trt.standin.fail_execute = "illegal memory access"
+    with pytest.raises(EngineError, match=r"profile 0: .*illegal memory access"):
+        machine.open(bundle)
+    machine.cuda.assert_clean()
 
 
 def test_too_little_memory_for_a_clip(session: Session, machine: Machine, reference: Session):
@@ -501,6 +515,29 @@ def test_a_plugin_that_is_missing(
         rtx.open(built(RTX), plugin=tmp_path / "none.so")
 
 
+@pytest.mark.parametrize("lacks", ["tensorrt", "engines", "nothing"])
+def test_what_fails_by_default_can_be_run_on_the_cpu(
+    version: str, bundle: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
+):
+    knobs = {"compute_capability": (12, 0)} if lacks == "engines" else {}
+    machine = _machine(monkeypatch, version, **knobs)
+    if lacks == "tensorrt":
+        uninstall(monkeypatch, "tensorrt", "tensorrt_rtx")
+    threads = 1 if lacks == "nothing" else None
+    with pytest.raises(SttsError) as default:
+        Session.open(bundle, threads=threads)
+    assert str(default.value).count("use --backend onnxruntime") == 1
+    with pytest.raises(SttsError) as named:
+        machine.open(bundle, threads=threads)
+    assert "onnxruntime" not in str(named.value)
+    opened = Bundle.open(bundle)
+    manifest = dataclasses.replace(opened.manifest, targets=opened.manifest.targets[:1])
+    monkeypatch.setattr(Bundle, "open", lambda _: dataclasses.replace(opened, manifest=manifest))
+    with pytest.raises(SttsError) as alone:
+        Session.open(bundle, threads=threads)
+    assert "onnxruntime" not in str(alone.value)
+
+
 def test_the_first_target_is_the_default(machine: Machine, bundle: Path, short_bundle: Path):
     first = Bundle.open(bundle).manifest.targets[0]
     with Session.open(bundle) as session:
@@ -540,13 +577,27 @@ def test_verify_on_engines(machine: Machine, bundle: Path, small_checkpoint: Pat
 def test_what_reproduces_a_difference_names_the_engine(
     machine: Machine, bundle: Path, tmp_path: Path
 ):
+    """A prompt is in the decoder's second profile; a prompt of one token is in the first."""
     opened = Bundle.open(bundle)
-    value = {"packed_features": np.ones((1, 6, 32), np.float32)}
-    entry = Difference(Call("vision_upper", value, value), value, 2.0)
-    (folder,) = write_repro(tmp_path / "repro", opened, machine.backend, [entry])
-    script = (folder / "reproduce.sh").read_text()
-    engine = f'polygraphy run "$BUNDLE/engines/{opened.engine_sets()[0].folder.name}/vision_upper'
-    assert f'{engine}.engine" --model-type engine --trt --load-inputs inputs.json' in script
-    assert 'polygraphy run "$BUNDLE/onnx/vision_upper/model.onnx" --onnxrt' in script
+    calls: list[Call] = []
+    with machine.open(bundle) as session:
+        session.runners["decoder"] = Recorder("decoder", session.runners["decoder"], calls)
+        clip = session.encode(random_frames(2), 0.5)
+        session.next_token_logits(clip, prompt_ids(session.config, 2))
+    (call,) = calls
+    short = {
+        name: value[..., :1] if name in ("input_ids", "visual_group") else value
+        for name, value in call.inputs.items()
+    }
+    short["features"] = short["features"][:1]
+    for number, inputs in enumerate((short, call.inputs)):
+        logits = {"logits": call.outputs["logits"]}
+        entry = Difference(Call("decoder", inputs, logits), logits, 2.0)
+        (folder,) = write_repro(tmp_path / str(number), opened, machine.backend, [entry])
+        script = (folder / "reproduce.sh").read_text()
+        engine = f'polygraphy run "$BUNDLE/engines/{opened.engine_sets()[0].folder.name}/decoder'
+        options = f"--model-type engine --trt --optimization-profile {number} --data-loader-script"
+        assert f'{engine}.engine" {options} inputs.py' in script
+        assert 'polygraphy run "$BUNDLE/onnx/decoder/model.onnx" --onnxrt' in script
     is_rtx = machine.backend == "tensorrt-rtx"
     assert ("export POLYGRAPHY_USE_TENSORRT_RTX=1" in script) == is_rtx

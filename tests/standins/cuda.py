@@ -38,12 +38,13 @@ class MisuseError(AssertionError):
 
 @dataclass
 class Allocation:
-    """Live memory; `device` tells a device's from pinned host memory."""
+    """Live memory; `device` tells a device's from pinned host memory, `ordinal` whose it is."""
 
     address: int
     size: int
     device: bool
     buffer: Any
+    ordinal: int
 
     @property
     def end(self) -> int:
@@ -344,7 +345,7 @@ class CudaStandin:
         ctypes.memset(address - GUARD, GUARD_BYTE, GUARD)
         ctypes.memset(address + size, GUARD_BYTE, GUARD)
         ctypes.memset(address, FRESH_BYTE, size)
-        self._allocations[address] = Allocation(address, size, device, buffer)
+        self._allocations[address] = Allocation(address, size, device, buffer, self._current)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return address
 
@@ -434,6 +435,10 @@ class CudaStandin:
 
     def cudaGetDevice(self) -> int:  # noqa: N802
         self._need_device()
+        return self._current
+
+    @property
+    def _current(self) -> int:
         device: int = getattr(self._local, "device", 0)
         return device
 
@@ -544,7 +549,7 @@ class CudaStandin:
             kind = kinds.cudaMemoryTypeDevice if found.device else kinds.cudaMemoryTypeHost
         known = {
             "type": kind,
-            "device": 0 if found is not None else -2,
+            "device": found.ordinal if found is not None else -2,
             "devicePointer": address if found is not None else 0,
             "hostPointer": address if found is not None and not found.device else 0,
         }

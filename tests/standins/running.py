@@ -341,12 +341,14 @@ class Context(Part):
         return tensor
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        problem = self.state.fail_execute
         if not 0 <= profile_index < self._engine.num_optimization_profiles:
-            return self._error(
-                "setOptimizationProfileAsync", f"profile {profile_index} does not exist"
-            )
-        if self.state.cuda.is_capturing(stream_handle):
-            return self._error("setOptimizationProfileAsync", "the stream is being captured")
+            problem = f"profile {profile_index} does not exist"
+        elif self.state.cuda.is_capturing(stream_handle):
+            problem = "the stream is being captured"
+        if problem is not None:
+            self._error("setOptimizationProfileAsync", problem)
+            raise RuntimeError("Error in set optimization profile async.")
         self._profile = profile_index
         self._reset_shapes()
         self._warm = None

@@ -31,7 +31,7 @@ class State:
     fail_build: str | None = None
     """Makes builds fail with this error."""
     fail_execute: str | None = None
-    """Makes execute_async_v3 fail with this error."""
+    """Makes execute_async_v3 and set_optimization_profile_async fail with this error."""
     build_messages: list[tuple[str, str]] = field(default_factory=list)
     """Logged by every build: (severity, text)."""
     executions: list[str] = field(default_factory=list)

@@ -115,7 +115,9 @@ def test_shapes_are_held_against_the_active_profile(relu: Bench):
     assert not context.all_binding_shapes_specified
     assert not context.set_input_shape("x", (4, 3))
     assert context.set_input_shape("x", (8, 3))
-    assert not context.set_optimization_profile_async(2, 0)
+    with pytest.raises(RuntimeError, match="Error in set optimization profile async"):
+        context.set_optimization_profile_async(2, 0)
+    assert "profile 2 does not exist" in relu.trt.standin.messages[-1][1]
 
 
 def test_a_run_needs_shapes_and_addresses(relu: Bench):

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import shlex
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stts_export import cli
 from stts_export.errors import InputError
 from stts_export.runtime.planner import n_prune
 from stts_export.training.clips import TYPES, split_seed
-from stts_export.training.evaluation import choose_questions, random_keep, table
+from stts_export.training.evaluation import choose_questions, evaluate, random_keep, table
 
 
 def test_five_hundred_questions_from_250_clips_are_balanced():
@@ -48,6 +51,23 @@ def test_random_windows_are_uniform_over_the_later_frames():
     share = np.mean([random_keep(5, 16, 0.5, rng)[1:] for _ in range(500)], axis=0)
     assert abs(share.mean() - 0.375) < 0.01
     assert np.abs(share - share.mean()).max() < 0.1
+
+
+def test_the_back_end_is_chosen_as_by_run(
+    text_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    results = evaluate(
+        text_bundle, questions=1, clips=1, ratios=[0.5], selectors=["stts"], backend="onnxruntime"
+    )
+    assert results["backend"] == "onnxruntime"
+    words = ["eval", str(text_bundle), "--questions", "1", "--clips", "1"]
+    assert cli.main([*words, "--backend", "tensorrt"]) == 1
+    assert "was not built for back end 'tensorrt'" in capsys.readouterr().err
+    plugin = ["--plugin", str(tmp_path / "p.so")]
+    assert cli.main([*words, *plugin]) == 1
+    assert "plugins of tensorrt only" in capsys.readouterr().err
+    again = cli._command(cli._parser().parse_args([*words, *plugin, "--backend", "tensorrt"]))
+    assert shlex.split(again)[-4:] == ["--backend", "tensorrt", *plugin]
 
 
 def test_table_shows_every_row_and_type():
