@@ -7,6 +7,7 @@ the bundle's scores, whose rounding the rescaled bias may magnify without bound.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -84,8 +85,12 @@ class Report:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"passed": self.passed, **asdict(self)}
+        """Plain values for JSON; `got` is None where a result was not finite."""
+        values = {"passed": self.passed, **asdict(self)}
+        for check in values["checks"]:
+            if not math.isfinite(check["got"]):
+                check["got"] = None
+        return values
 
 
 def verify(

@@ -88,6 +88,7 @@ def test_logits_that_overflow_are_a_difference(
     of_prompt = set() if late else {("logits", float("inf"))}
     assert {(c.name, c.got) for c in failed} == {*of_prompt, ("greedy tokens differ", 1.0)}
     assert late or report.repro == [str(tmp_path / "repro" / "decoder")]
+    assert json.dumps(report.to_dict(), allow_nan=False)  # Infinity is no JSON
     assert main(["verify", str(small_bundle), "--against", str(small_checkpoint)]) == 3
 
 
