@@ -42,7 +42,6 @@ from stts_export.bundle import (
 from stts_export.config import ModelConfig
 from stts_export.engines import tensorrt, tensorrt_rtx
 from stts_export.engines.engine_build import (
-    FIXED,
     EngineSpec,
     Target,
     engine_specs,
@@ -56,6 +55,7 @@ from stts_export.runtime.planner import n_prune
 from stts_export.runtime.prompt import PromptBuilder
 from stts_export.tensors import (
     DECODER,
+    FIXED,
     PRECISIONS,
     Precision,
     graph_file,

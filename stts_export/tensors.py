@@ -53,6 +53,11 @@ GATHER_WINDOWS = "gather_windows"
 DECOMPOSED = "decomposed"
 """Variant of a graph in operators of ONNX opset 20, for TensorRT older than 10.15: attention as
 MatMul and Softmax, the cache as a new tensor in place of an update."""
+FIXED = "fixed"
+"""Variant of the decoder whose cache capacity is a number, the bundle's longest sequence. TensorRT
+updates a cache in place only then. It is written when an engine is built from it."""
+CAPACITY = "capacity"
+"""Axis of the decoder's cache."""
 
 LOWER_CHUNK = 8
 """Frames per call of vision_lower."""
@@ -190,7 +195,7 @@ def _vision_upper(config: ModelConfig, precision: Precision, name: str) -> Graph
 
 def _decoder(config: ModelConfig, precision: Precision) -> GraphSpec:
     text, dtype = config.text, ACTIVATION[precision]
-    cache = (1, text.num_kv_heads, "capacity", text.head_dim)
+    cache = (1, text.num_kv_heads, CAPACITY, text.head_dim)
     layers = range(text.num_layers)
     return GraphSpec(
         DECODER,
@@ -249,11 +254,11 @@ def profiles(
         capacity = (1, max_tokens, max_tokens)
         half = (max_tokens + 1) // 2
         axes = (
-            {"tokens": (1, 1, 1), "rows": (1, 1, 1), "capacity": capacity},
+            {"tokens": (1, 1, 1), "rows": (1, 1, 1), CAPACITY: capacity},
             {
                 "tokens": (1, half, max_tokens),
                 "rows": (1, (rows + 1) // 2, rows),
-                "capacity": capacity,
+                CAPACITY: capacity,
             },
         )
     return tuple(

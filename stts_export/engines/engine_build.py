@@ -25,7 +25,9 @@ from stts_export.engines.worker import run_job
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.graphs.axes import with_fixed_axes
 from stts_export.tensors import (
+    CAPACITY,
     DECODER,
+    FIXED,
     SELECT_PACK,
     GraphSpec,
     Precision,
@@ -36,11 +38,6 @@ from stts_export.tensors import (
     profiles,
     variant,
 )
-
-FIXED = "fixed"
-"""Variant of the decoder whose cache capacity is a number, the bundle's longest sequence. TensorRT
-updates a cache in place only then. It is written when an engine is built from it."""
-_CAPACITY = "capacity"
 
 OnStage = Callable[[str], None]
 OnFraction = Callable[[str, float], None]
@@ -100,7 +97,7 @@ def engine_specs(target: Target, spec: EngineSpec) -> dict[str, GraphSpec]:
     known = graph_specs(spec.config, spec.precision)
     found = {name.partition("-")[0]: known[name] for name in target.graphs if name in known}
     if found[DECODER].name == DECODER:
-        found[DECODER] = _fixed_spec(found[DECODER], _CAPACITY, spec.max_tokens)
+        found[DECODER] = _fixed_spec(found[DECODER], CAPACITY, spec.max_tokens)
     return found
 
 
@@ -203,7 +200,7 @@ def _fixed_spec(spec: GraphSpec, axis: str, size: int) -> GraphSpec:
 def _write_fixed(source: Path, target: Path, capacity: int) -> None:
     """Write the decoder with a fixed cache beside the one whose weights it shares."""
     try:
-        fixed = with_fixed_axes(source.read_bytes(), {_CAPACITY: capacity})
+        fixed = with_fixed_axes(source.read_bytes(), {CAPACITY: capacity})
     except ValueError as error:
         raise InputError(
             str(error), where=str(source), fix="build the bundle again with `stts-export build`"
