@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks`, which is not
 from benchmarks.harness.model import full_size_config, graphs, model_config
 from benchmarks.harness.timing import machine
 from stts_export.config import ModelConfig
-from stts_export.engines import tensorrt_rtx
+from stts_export.engines.library import MODULES, TENSORRT_RTX
 from stts_export.engines.network import EngineJob
 from stts_export.engines.worker import run_job
 from stts_export.files import write_json
@@ -60,7 +60,7 @@ def measure(folder: Path, config: ModelConfig, graph: str, target: str) -> dict[
     longest = config.text.max_position_embeddings
     with tempfile.TemporaryDirectory() as temporary:
         job = EngineJob(
-            tensorrt_rtx.MODULE,
+            MODULES[TENSORRT_RTX],
             spec,
             onnx,
             Path(temporary) / f"{graph}.engine",
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "command": command,
         "quick": args.quick,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": {**machine(), "tensorrt_rtx": version(tensorrt_rtx.MODULE)},
+        "machine": {**machine(), "tensorrt_rtx": version(MODULES[TENSORRT_RTX])},
         "settings": {"precision": PRECISION, "target": args.target, "max_frames": _MAX_FRAMES},
         "limits": LIMITS,
         "rows": rows,

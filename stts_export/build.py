@@ -48,8 +48,9 @@ from stts_export.engines.engine_build import (
     engines_from_graphs,
 )
 from stts_export.engines.engine_set import ENGINE_FOLDER, TIMING_CACHE
+from stts_export.engines.library import TENSORRT, TENSORRT_RTX
 from stts_export.errors import InputError, MissingDependencyError, VerificationError
-from stts_export.files import readable_size
+from stts_export.files import readable_size, whole
 from stts_export.preprocessing import video_preprocessing
 from stts_export.runtime.planner import n_prune
 from stts_export.runtime.prompt import PromptBuilder
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BACKENDS = (ONNXRUNTIME, tensorrt.NAME, tensorrt_rtx.NAME)
+BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
 DEFAULT_MAX_FRAMES = 64
 MAX_ENGINE_FRAMES = 4096
 """Longest clip of the plugin."""
@@ -145,11 +146,11 @@ class BuildSpec:
 
     def _check_engine_options(self) -> None:
         """Refuse options that no back end would use."""
-        engines = {tensorrt.NAME, tensorrt_rtx.NAME}
+        engines = {TENSORRT, TENSORRT_RTX}
         given = (
             ("target", ", ".join(self.targets), engines),
             ("memory limit", self.memory_limit, engines),
-            ("plugin", self.plugin, {tensorrt.NAME}),
+            ("plugin", self.plugin, {TENSORRT}),
         )
         for name, value, users in given:
             if value and not users & set(self.backends):
@@ -267,7 +268,7 @@ def bundle_from_bundle(
             raise InputError(
                 "nothing to build: a bundle runs on ONNX Runtime as it is",
                 where=str(bundle),
-                fix=f"name a back end: --backend {tensorrt.NAME} or {tensorrt_rtx.NAME}",
+                fix=f"name a back end: --backend {TENSORRT} or {TENSORRT_RTX}",
             )
         limits = _narrowed(source, spec)
         plan = _plan(source.config, source.manifest.precision, limits, spec, bundle)
@@ -344,7 +345,7 @@ def _plan(
         if backend == ONNXRUNTIME:
             names.append(backend)
             continue
-        if backend == tensorrt_rtx.NAME:
+        if backend == TENSORRT_RTX:
             found = tensorrt_rtx.targets(spec.targets)
         else:
             prunes = config.vision.pruning is not None
@@ -571,16 +572,14 @@ def _copy(source: Path, target: Path, digest: str | None = None) -> None:
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".partial")
-    shutil.copyfile(source, unfinished)
-    if digest is not None and sha256(unfinished) != digest:
-        unfinished.unlink()
-        raise VerificationError(
-            "was changed after the build (its SHA-256 differs from the manifest)",
-            where=str(source),
-            fix="copy the bundle again, or build it again with `stts-export build`",
-        )
-    os.replace(unfinished, target)
+    with whole(target) as unfinished:
+        shutil.copyfile(source, unfinished)
+        if digest is not None and sha256(unfinished) != digest:
+            raise VerificationError(
+                "was changed after the build (its SHA-256 differs from the manifest)",
+                where=str(source),
+                fix="copy the bundle again, or build it again with `stts-export build`",
+            )
 
 
 def _narrowed(source: Bundle, spec: BuildSpec) -> Limits:

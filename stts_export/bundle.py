@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from stts_export._version import __version__
 from stts_export.config import ModelConfig
+from stts_export.engines import onnxruntime
 from stts_export.engines.engine_set import ENGINE_FOLDER, ENGINES_FILE, EngineSet
 from stts_export.errors import InputError, VerificationError, did_you_mean
 from stts_export.files import check_utf8, json_object
@@ -34,7 +35,7 @@ MANIFEST = "manifest.json"
 CONFIG_FOLDER = "config"
 GRAPH_FOLDER = "onnx"
 REPORT_FOLDER = "reports"
-ONNXRUNTIME = "onnxruntime"
+ONNXRUNTIME = onnxruntime.NAME
 """The target that every bundle has: its graphs run as they are."""
 
 WITHOUT_WEIGHTS = (SELECT_PACK, GATHER_WINDOWS)

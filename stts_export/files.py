@@ -1,10 +1,11 @@
-"""JSON files, read with a clear error and written all or nothing."""
+"""Files written all or nothing; JSON read with a clear error."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,17 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON beside its final name and move it there when complete."""
     text = json.dumps(values, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Yield another name to write to; the file gets its own when the block succeeds."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, file)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

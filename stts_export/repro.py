@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from stts_export.bundle import GRAPH_FOLDER, Bundle
-from stts_export.engines.runner import TENSORRT_RTX, fitting_profile
+from stts_export.engines.library import TENSORRT_RTX
+from stts_export.engines.runner import fitting_profile
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.runtime.decoder import Runner
 from stts_export.tensors import DECODER, VISION_LOWER, VISION_UPPER, Precision, graph_file

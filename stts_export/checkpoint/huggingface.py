@@ -7,7 +7,6 @@ step is taken. Only safetensors are read: nothing in a checkpoint is ever unpick
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from stts_export.checkpoint.names import (
 )
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
+from stts_export.files import whole
 from stts_export.model.vlm import SttsModel
 
 _SINGLE = "model.safetensors"
@@ -122,13 +122,11 @@ def save_checkpoint(model: SttsModel, folder: Path, dtype: torch.dtype = torch.f
         checkpoint_name(name): parameter.detach().to("cpu", dtype).contiguous()
         for name, parameter in model.named_parameters()
     }
-    partial = folder / (_SINGLE + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / _SINGLE)
+    with whole(folder / _SINGLE) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     text = json.dumps(model.config.extra, indent=2, sort_keys=True) + "\n"
-    partial = folder / "config.json.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, folder / "config.json")
+    with whole(folder / "config.json") as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _resolve(path: Path) -> Path:

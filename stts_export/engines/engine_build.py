@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 from stts_export.bundle import GRAPH_FOLDER
@@ -22,7 +21,7 @@ from stts_export.engines.engine_set import (
 from stts_export.engines.network import EngineJob
 from stts_export.engines.plugin import PLUGIN_FILE, PLUGIN_FOLDER
 from stts_export.engines.worker import run_job
-from stts_export.errors import InputError, MissingDependencyError
+from stts_export.errors import InputError
 from stts_export.graphs.axes import with_fixed_axes
 from stts_export.tensors import (
     CAPACITY,
@@ -76,20 +75,6 @@ class EngineSpec:
     max_tokens: int
     memory_limit: int | None = None
     """Bytes."""
-
-
-def library_version(module: str, backend: str, install: str) -> str:
-    """Return the version of a TensorRT.
-
-    Raises:
-        MissingDependencyError: it is not installed, or cannot be loaded.
-    """
-    try:
-        return str(import_module(module).__version__)
-    except (ImportError, OSError) as error:  # OSError: a library of the package does not load
-        raise MissingDependencyError(
-            f"is not installed ({error})", where=backend, fix=install
-        ) from None
 
 
 def engine_specs(target: Target, spec: EngineSpec) -> dict[str, GraphSpec]:

@@ -6,9 +6,7 @@ Both have the same Python API; the module is passed in as `trt`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from mmap import ACCESS_READ, mmap
@@ -18,6 +16,7 @@ from typing import Any
 from stts_export.engines import cuda
 from stts_export.engines.plugin import load_plugin
 from stts_export.errors import InputError, MissingDependencyError
+from stts_export.files import whole
 from stts_export.tensors import GraphSpec, Profile, Range, TensorSpec
 
 _DTYPES = {
@@ -103,9 +102,9 @@ def build_engine(trt: Any, job: EngineJob, on_step: OnStep) -> Built:
     if plan is None:
         raise _failure("cannot be built", job, logger)
     if job.timing_cache is not None:
-        with _whole(job.timing_cache) as file:
+        with whole(job.timing_cache) as file:
             file.write_bytes(config.get_timing_cache().serialize())
-    with _whole(job.engine) as file:
+    with whole(job.engine) as file:
         file.write_bytes(plan)
         if not _loads_here(job):
             _look_for_names(file, job)
@@ -392,14 +391,3 @@ def _range(engine: Any, name: str, profile: int, spec: GraphSpec, asked: Range) 
         values = engine.get_tensor_profile_shape(name, profile)
     low, opt, high = (tuple(value) for value in values)
     return Range(low, opt, high)
-
-
-@contextmanager
-def _whole(file: Path) -> Iterator[Path]:
-    """Yield another name to write to; the file gets its own when the block succeeds."""
-    unfinished = file.with_name(file.name + ".partial")
-    try:
-        yield unfinished
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ activations and buffers are handed from one call to the next without waiting.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import mmap
@@ -25,19 +24,12 @@ from numpy.typing import DTypeLike, NDArray
 from stts_export.engines import cuda
 from stts_export.engines.cuda import ALIGNMENT, DeviceArray, Event, Memory, PinnedBuffer, Stream
 from stts_export.engines.engine_set import ENGINE_FOLDER, EngineInfo, EngineSet, folder_name
+from stts_export.engines.library import TENSORRT, TENSORRT_RTX, import_library
 from stts_export.errors import InputError, MissingDependencyError, SttsError
 from stts_export.tensors import SELECT_PACK, Profile, past_names, present_names
 
-TENSORRT = "tensorrt"
-TENSORRT_RTX = "tensorrt-rtx"
 BACKENDS = (TENSORRT, TENSORRT_RTX)
 
-_MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
-_INSTALL = {
-    TENSORRT: "pip install 'stts-export[trt]'; on a Jetson use JetPack's own TensorRT in a virtual "
-    "environment made with --system-site-packages",
-    TENSORRT_RTX: "pip install 'stts-export[trt-rtx]'",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -568,7 +560,7 @@ def open_engines(
         )  # fmt: skip
     if plugin is not None and backend != TENSORRT:
         raise InputError(f"plugin {plugin}", where=backend, allowed="plugins of tensorrt only")
-    trt = _import(backend)
+    trt = import_library(backend)
     major, minor = cuda.compute_capability(number)
     folder = _fitting(bundle, targets, backend, trt.__version__, f"sm{major}{minor}")
     engine_set = EngineSet.read(folder)
@@ -587,15 +579,6 @@ def _device(device: str | None, backend: str) -> int:
     if name == "cuda" and (device in (None, "cuda") or (number.isascii() and number.isdigit())):
         return int(number or 0)
     raise InputError(f"device {device!r}", where=backend, allowed="cuda, or cuda:N for GPU N")
-
-
-def _import(backend: str) -> ModuleType:
-    try:
-        return importlib.import_module(_MODULES[backend])
-    except (ImportError, OSError) as error:  # OSError: a library of the package does not load
-        raise MissingDependencyError(
-            f"is not installed ({error})", where=backend, fix=_INSTALL[backend]
-        ) from None
 
 
 def backend_of(target: str) -> str:

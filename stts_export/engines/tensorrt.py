@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stts_export.engines import cuda
-from stts_export.engines.engine_build import Target, library_version
+from stts_export.engines.engine_build import Target
+from stts_export.engines.library import INSTALL, MODULES, TENSORRT, import_library
 from stts_export.engines.plugin import find_plugin
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.tensors import (
@@ -23,18 +24,11 @@ from stts_export.tensors import (
     variant,
 )
 
-NAME = "tensorrt"
-MODULE = "tensorrt"
 OLDEST, NEWEST_MAJOR = (10, 3), 11
 CANONICAL = (10, 15)
 """The first version with the operators of the canonical graphs."""
 GRAPHS = (VISION_LOWER, VISION_UPPER, SELECT_PACK, GATHER_WINDOWS, DECODER)
 """In building order."""
-
-_INSTALL = (
-    "on Jetson use JetPack's own (python3-libnvinfer); elsewhere "
-    "pip install 'stts-export[trt]' --extra-index-url https://pypi.nvidia.com"
-)
 
 
 def graphs(version: str) -> tuple[str, ...]:
@@ -65,13 +59,13 @@ def targets(
         MissingDependencyError: TensorRT, its version, cuda-python, a driver, a GPU or the plugin
             is missing.
     """
-    version = library_version(MODULE, NAME, _INSTALL)
+    version = str(import_library(TENSORRT).__version__)
     if _numbers(version) < OLDEST or _numbers(version)[0] > NEWEST_MAJOR:
         raise MissingDependencyError(
             f"version {version}",
-            where=NAME,
+            where=TENSORRT,
             allowed=f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST_MAJOR}.x",
-            fix=_INSTALL,
+            fix=INSTALL[TENSORRT],
         )
     major, minor = cuda.compute_capability()
     own = f"sm{major}{minor}"
@@ -79,13 +73,13 @@ def targets(
         if name != own:
             raise InputError(
                 f"target {name!r}, but this machine's GPU is {own}",
-                where=NAME,
+                where=TENSORRT,
                 allowed=f"{own}: TensorRT builds on the GPU that the engines will run on",
                 fix="leave --target out and build on the device, from this checkpoint's bundle; "
                 "for targets of another back end run another build, with that back end alone",
             )
     library = find_plugin(plugin, bundle) if prunes else None
-    return (Target(NAME, MODULE, version, own, graphs(version), plugin=library),)
+    return (Target(TENSORRT, MODULES[TENSORRT], version, own, graphs(version), plugin=library),)
 
 
 def _numbers(version: str) -> tuple[int, int]:

@@ -8,19 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stts_export.engines import cuda
-from stts_export.engines.engine_build import Target, library_version
+from stts_export.engines.engine_build import Target
+from stts_export.engines.library import MODULES, TENSORRT_RTX, import_library
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.tensors import DECODER, GATHER_WINDOWS, VISION_LOWER, VISION_UPPER
 
-NAME = "tensorrt-rtx"
-MODULE = "tensorrt_rtx"
 TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
 """Streaming multiprocessor versions that it builds for. Of sm75 it says so too, and then has no
 fp32 matrix product, which the scorer needs at every precision."""
 GRAPHS = (VISION_LOWER, VISION_UPPER, GATHER_WINDOWS, DECODER)
 """In building order."""
-
-_INSTALL = "pip install 'stts-export[trt-rtx]'"
 
 
 def targets(requested: Sequence[str]) -> tuple[Target, ...]:
@@ -36,9 +33,9 @@ def targets(requested: Sequence[str]) -> tuple[Target, ...]:
     """
     for name in requested or ():
         _check(name)
-    version = library_version(MODULE, NAME, _INSTALL)
+    version = str(import_library(TENSORRT_RTX).__version__)
     return tuple(
-        Target(NAME, MODULE, version, name, GRAPHS, (name.upper(),))
+        Target(TENSORRT_RTX, MODULES[TENSORRT_RTX], version, name, GRAPHS, (name.upper(),))
         for name in requested or (_own(),)
     )
 
@@ -47,7 +44,7 @@ def _check(name: str) -> None:
     if name not in TARGETS:
         raise InputError(
             f"target {name!r}",
-            where=NAME,
+            where=TENSORRT_RTX,
             allowed=", ".join(TARGETS),
             fix="for other GPUs run another build, on the device, with --backend tensorrt",
         )
@@ -59,7 +56,7 @@ def _own() -> str:
     except MissingDependencyError as error:
         raise InputError(
             f"no target is given, and this machine has no usable GPU ({error.message})",
-            where=NAME,
+            where=TENSORRT_RTX,
             allowed=", ".join(TARGETS),
             fix="pass --target, such as --target sm89,sm120",
         ) from None

@@ -12,23 +12,22 @@ import pytest
 from stts_export import Session
 from stts_export.build import BuildSpec, bundle_from_bundle
 from stts_export.engines import cuda
+from stts_export.engines.library import MODULES, TENSORRT, TENSORRT_RTX
 from stts_export.engines.tensorrt_rtx import TARGETS
 from stts_export.tensors import PRECISIONS, Precision
 from tests.gpu.checks import check_graph_capture, check_results
 from tests.gpu.kit import PRUNE_RATIOS, Expected
 
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
-
-@pytest.fixture(scope="module", params=list(_MODULES))
+@pytest.fixture(scope="module", params=list(MODULES))
 def backend(request: pytest.FixtureRequest, _gpu: None) -> str:
     name: str = request.param
-    if find_spec(_MODULES[name]) is None:
-        pytest.skip(f"needs the Python package {_MODULES[name]}")
+    if find_spec(MODULES[name]) is None:
+        pytest.skip(f"needs the Python package {MODULES[name]}")
     if find_spec("cuda") is None:
         pytest.skip("needs cuda-python")
     target = "sm{}{}".format(*cuda.compute_capability())
-    if name == "tensorrt-rtx" and target not in TARGETS:
+    if name == TENSORRT_RTX and target not in TARGETS:
         pytest.skip(f"TensorRT for RTX does not build for {target}")
     return name
 
@@ -44,7 +43,7 @@ def built(
     """Bundle with engines for this GPU, and what to expect of it."""
     precision: Precision = request.param
     bundle = tmp_path_factory.mktemp("built") / f"{backend}-{precision}"
-    used = plugin if backend == "tensorrt" else None
+    used = plugin if backend == TENSORRT else None
     spec = BuildSpec(backends=(backend,), plugin=used)
     bundle_from_bundle(kit / f"golden-{precision}", bundle, spec)
     with np.load(kit / f"golden-{precision}.npz") as stored:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from stts_export import __version__
+from stts_export.build import MAX_ENGINE_FRAMES
 from tests.trt_plugins.conftest import ROOT, run
 
 CHECK = ROOT / "cmake" / "check_library.py"
@@ -359,3 +360,9 @@ def test_plain_install_needs_no_cuda() -> None:
     plain = [line for line in requires("stts-export") or [] if "extra ==" not in line]
     assert plain
     assert not [line for line in plain if re.search("nvidia|cuda|cmake|tensorrt", line)]
+
+
+def test_builds_refuse_clips_that_the_plugin_would_refuse():
+    header = (ROOT / "trt_plugins" / "select_pack" / "select_pack_kernel.h").read_text()
+    (most,) = re.findall(r"kMaxFrames = (\d+);", header)
+    assert int(most) == MAX_ENGINE_FRAMES
