@@ -309,7 +309,7 @@ def test_bad_options_of_building_from_a_bundle(
     ("text", "size"), [("4", 4 << 30), ("0.5g", 1 << 29), ("512M", 512 << 20), ("1K", 1024)]
 )
 def test_sizes_of_memory(text: str, size: int):
-    assert cli._memory(text) == size
+    assert cli.build._memory(text) == size
 
 
 def test_eval_refuses_ratios_that_are_no_numbers(small_bundle: Path, capsys):
@@ -337,7 +337,7 @@ def test_eval_prints_before_it_writes(
     arguments = ["eval", str(small_bundle), "--json", "-o", str(output)]
     assert main(arguments) == 0
     assert json.loads(output.read_text()) == json.loads(capsys.readouterr().out)
-    monkeypatch.setattr(cli, "write_json", full)
+    monkeypatch.setattr(cli.eval, "write_json", full)
     assert main(arguments) == 1
     printed = capsys.readouterr()
     assert json.loads(printed.out)["rows"] == []

@@ -66,7 +66,7 @@ def test_the_back_end_is_chosen_as_by_run(
     plugin = ["--plugin", str(tmp_path / "p.so")]
     assert cli.main([*words, *plugin]) == 1
     assert "plugins of tensorrt only" in capsys.readouterr().err
-    again = cli._command(cli._parser().parse_args([*words, *plugin, "--backend", "tensorrt"]))
+    again = cli.eval._command(cli._parser().parse_args([*words, *plugin, "--backend", "tensorrt"]))
     assert shlex.split(again)[-4:] == ["--backend", "tensorrt", *plugin]
 
 

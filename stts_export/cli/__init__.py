@@ -1,0 +1,97 @@
+"""The command line: verbs, one module each. It adds nothing that the library cannot do."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+from stts_export._version import __version__
+from stts_export.cli import build, eval, inspect, run, train, verify
+from stts_export.errors import MissingDependencyError, SttsError
+
+_VERBS: tuple[tuple[str, str, ModuleType], ...] = (
+    ("build", "Build a bundle from a checkpoint or a bundle.", build),
+    ("run", "Answer a question about a video.", run),
+    ("inspect", "Show what a bundle holds.", inspect),
+    ("verify", "Compare a bundle with its checkpoint.", verify),
+    ("train", "Train a model on synthetic clips.", train),
+    ("eval", "Measure a bundle's accuracy on held-out clips.", eval),
+)
+"""Verb, summary, and the module with its `options` and `run`."""
+
+_PIP_NAME = {
+    "torch": "'stts-export[train]'",
+    "safetensors": "'stts-export[train]'",
+    "yaml": "'stts-export[train]'",
+    "onnx": "'stts-export[export]'",
+    "onnxscript": "'stts-export[export]'",
+    "onnx_ir": "'stts-export[export]'",
+    "onnxruntime": "'stts-export[cpu]'",
+    "tensorrt_rtx": "'stts-export[trt-rtx]'",
+    "tensorrt": "'stts-export[trt]'",
+    "cuda": "'stts-export[trt]'",
+    "transformers": "transformers",
+}
+"""What to install for packages that only some verbs need."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 done, 1 bad input, 3 verification failed, 4 something is not installed, 130 interrupted;
+        2 (usage) is argparse's own exit.
+    """
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if arguments.verbose else logging.WARNING,
+        format="%(levelname)s: %(message)s",
+    )
+    try:
+        with _known_packages(arguments.verb):
+            code: int = arguments.run(arguments)
+            return code
+    except SttsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+@contextmanager
+def _known_packages(verb: str) -> Iterator[None]:
+    """Say how to install one of our optional packages when it is missing."""
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PIP_NAME:
+            raise
+        raise MissingDependencyError(
+            f"needs the package {package}: {error}",
+            where=verb,
+            fix=f"pip install {_PIP_NAME[package]}",
+        ) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stts-export",
+        description="Token-pruned video language models on real devices.",
+    )
+    parser.add_argument("--version", action="version", version=f"stts-export {__version__}")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
+    for name, summary, module in _VERBS:
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        module.options(verb)
+        verb.add_argument("-v", "--verbose", action="store_true", help="log what happens")
+        verb.set_defaults(run=module.run)
+    return parser

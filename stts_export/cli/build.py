@@ -1,0 +1,117 @@
+"""`stts-export build`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from stts_export.cli.common import Arguments, stages
+from stts_export.errors import InputError
+from stts_export.files import readable_size
+
+
+def options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "source", type=Path, metavar="CHECKPOINT|BUNDLE",
+        help="Molmo2 or STTS checkpoint folder; or a bundle, to build engines from its graphs",
+    )  # fmt: skip
+    verb.add_argument("-o", "--output", type=Path, required=True, help="bundle folder to write")
+    verb.add_argument(
+        "--precision", help="fp32 (default) or fp16; a bundle's own when built from a bundle"
+    )
+    verb.add_argument(
+        "--backend", action="append",
+        help="back end to build for (repeatable, the first is the default of the bundle): "
+        "onnxruntime (default), tensorrt on the GPU it is for, tensorrt-rtx anywhere",
+    )  # fmt: skip
+    verb.add_argument(
+        "--target", action="append",
+        help="GPUs to build engines for, such as sm89,sm120; this machine's if absent",
+    )  # fmt: skip
+    verb.add_argument(
+        "--max-frames", type=int, help="longest clip; the checkpoint's num_frames, or 64, if absent"
+    )
+    verb.add_argument(
+        "--max-tokens", type=int,
+        help="longest sequence; if absent the model's longest, and with engines no more than the "
+        "longest clip needs",
+    )  # fmt: skip
+    verb.add_argument("--min-prune-ratio", type=float, help="lowest ratio the bundle accepts (0)")
+    verb.add_argument(
+        "--memory-limit", metavar="SIZE",
+        help="device memory for temporary results of a layer, in GiB or as 512M; all if absent",
+    )  # fmt: skip
+    verb.add_argument(
+        "--plugin", type=Path, metavar="FILE",
+        help="libstts_plugins.so, for tensorrt; looked for in STTS_PLUGIN_PATH, the bundle and "
+        "the build tree if absent",
+    )  # fmt: skip
+    verb.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def run(arguments: Arguments) -> int:
+    from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
+    from stts_export.bundle import Bundle, is_bundle
+
+    spec = BuildSpec(
+        precision=arguments.precision,
+        max_frames=arguments.max_frames,
+        max_tokens=arguments.max_tokens,
+        min_prune_ratio=arguments.min_prune_ratio,
+        backends=tuple(arguments.backend or ("onnxruntime",)),
+        targets=_targets(arguments.target or ()),
+        memory_limit=_memory(arguments.memory_limit) if arguments.memory_limit else None,
+        plugin=arguments.plugin,
+    )
+
+    def on_stage(stage: str, number: int, total: int) -> None:
+        print(f"[{number}/{total}] {stage}", file=sys.stderr, flush=True)
+
+    build = bundle_from_bundle if is_bundle(arguments.source) else bundle_from_checkpoint
+    started = time.perf_counter()
+    with stages() as report:
+        bundle = build(
+            arguments.source,
+            arguments.output,
+            spec,
+            force=arguments.force,
+            on_stage=on_stage,
+            on_progress=report,
+        )
+    seconds = time.perf_counter() - started
+    opened = Bundle.open(bundle)
+    for engines in opened.engine_sets():
+        for engine in filter(None, (engine.command for engine in engines.engines.values())):
+            print(f"in {bundle}: {engine}", file=sys.stderr)
+    limits = opened.manifest.limits
+    print(f"{bundle}: {readable_size(_bytes_below(bundle))}, built in {seconds:.0f} s")
+    print(f"takes up to {limits.max_frames} frames and {limits.max_tokens} tokens")
+    return 0
+
+
+def _targets(lists: Sequence[str]) -> tuple[str, ...]:
+    """Split comma-separated lists; every target once."""
+    names = (name.strip().lower() for text in lists for name in text.split(","))
+    return tuple(dict.fromkeys(names))
+
+
+def _memory(text: str) -> int:
+    """Bytes of a size in GiB, or with a suffix K, M or G."""
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30}
+    number, suffix = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "G")
+    try:
+        size = int(float(number) * scale[suffix])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise InputError(
+            f"size {text!r}", where="--memory-limit", allowed="GiB, or with a suffix, as 4G or 512M"
+        )
+    return size
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
