@@ -6,7 +6,6 @@ changes numerics and is silently ignored would break the promise of equal window
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stts_export.errors import InputError, did_you_mean
+from stts_export.files import json_object
 from stts_export.transformers_config import original_names
 
 # Keys of transformers' PretrainedConfig and of generation, without effect on the forward pass.
@@ -36,6 +36,18 @@ _INERT = frozenset(
 )
 # Pruning keys of the training code: they steer training or its dead heuristics, not inference.
 _INERT_PRUNING = frozenset({"new_ref_threshold", "sim_reg_loss_coefficient", "skip_unused_layers"})
+
+
+OLMO3_FAMILY = "Molmo2-O-7B (Olmo-3 decoder: post-norm, sliding layers, YaRN)"
+
+
+def unsupported_family(family: str, where: str) -> InputError:
+    """Make the error for a family that is known and not implemented."""
+    return InputError(
+        f"is of the family {family}, which is not supported",
+        where=where,
+        allowed="Molmo2 with a Qwen3 decoder, such as Molmo2-4B or Molmo2-8B",
+    )
 
 
 class _Section:
@@ -196,6 +208,9 @@ class ConnectorConfig:
     num_heads: int
     head_dim: int
     intermediate_size: int
+    pooling_attention_mask: bool = True
+    """Where a pooled token of an image has fewer patches than others, the missing ones take no part
+    in it; otherwise they count as zeros. Windows of video are always full."""
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "num_heads", "head_dim", "intermediate_size")
@@ -274,25 +289,21 @@ class ModelConfig:
     tokens: TokenIds
     use_frame_special_tokens: bool
     bidirectional_visual: bool = True
-    """Visual tokens of one clip see each other in both directions; the HF format has no key."""
+    """Visual tokens of one clip see each other in both directions. The Hugging Face format has no
+    key for it and means True; `bidirectional_visual` is our addition, for runs without."""
     extra: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The `config.json` this was read from, for writing it back unchanged."""
 
     @staticmethod
     def from_file(path: Path, *, has_scorer: bool) -> ModelConfig:
         """Read `config.json`; see `from_dict`."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        values = json_object(path)
+        if not values and not path.exists():
             raise InputError(
                 "config.json is missing",
                 where=str(path.parent),
                 fix="pass a Hugging Face Molmo2 folder or a folder written by `stts-export train`",
-            ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
-        if not isinstance(values, dict):
-            raise InputError("is not a JSON object", where=str(path))
+            )
         return ModelConfig.from_dict(values, has_scorer=has_scorer, where=str(path))
 
     @staticmethod
@@ -316,6 +327,11 @@ class ModelConfig:
                 allowed="'molmo2'",
                 fix="pass a Molmo2 checkpoint folder, with or without STTS scorer weights",
             )
+        text = values.get("text_config")
+        if isinstance(text, dict) and (
+            text.get("norm_after") is True or text.get("qk_norm_type") == "olmo"
+        ):
+            raise unsupported_family(OLMO3_FAMILY, where)
         original, values = values, original_names(values, where)
         top = _Section(values, where)
         sections = {}
@@ -339,6 +355,7 @@ class ModelConfig:
         )
         top.demand("image_high_res_id", tokens.im_patch)
         use_frame_special_tokens = top.take("use_frame_special_tokens", bool, True)
+        bidirectional = top.take("bidirectional_visual", bool, True)
         top.close(_INERT)
         limit = text.vocab_size + text.additional_vocab_size
         if max(tokens.visual) >= limit:
@@ -348,7 +365,13 @@ class ModelConfig:
                 allowed=f"ids below vocab_size + additional_vocab_size = {limit}",
             )
         return ModelConfig(
-            vision, connector, text, tokens, use_frame_special_tokens, extra=dict(original)
+            vision,
+            connector,
+            text,
+            tokens,
+            use_frame_special_tokens,
+            bidirectional,
+            extra=dict(original),
         )
 
 
@@ -402,14 +425,13 @@ def _connector(adapter: _Section) -> ConnectorConfig:
     heads = adapter.take("num_attention_heads", int)
     adapter.demand("num_key_value_heads", heads)
     adapter.demand("hidden_act", "silu")
-    # Every window of a grid that divides by the pool is full, so the mask has nothing to mask.
-    adapter.demand("pooling_attention_mask", True, False)
     adapter.seen.add("text_hidden_size")
     config = ConnectorConfig(
         hidden_size=adapter.take("hidden_size", int),
         num_heads=heads,
         head_dim=adapter.take("head_dim", int),
         intermediate_size=adapter.take("intermediate_size", int),
+        pooling_attention_mask=adapter.take("pooling_attention_mask", bool, False),
     )
     adapter.close(_INERT)
     return config

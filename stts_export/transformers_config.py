@@ -39,7 +39,10 @@ def original_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     translated["vit_config"] = _renamed(values["vision_config"], _VISION, _FIXED["vision_config"])
     if isinstance(values.get("adapter_config"), dict):
         adapter = values["adapter_config"]
-        translated["adapter_config"] = _renamed(adapter, _ADAPTER, _FIXED["adapter_config"])
+        translated["adapter_config"] = {
+            "pooling_attention_mask": True,  # transformers has no other form and no key for it
+            **_renamed(adapter, _ADAPTER, _FIXED["adapter_config"]),
+        }
     if isinstance(values.get("text_config"), dict):
         translated["text_config"] = _text(values["text_config"], where)
     return translated

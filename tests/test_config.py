@@ -30,7 +30,6 @@ def test_golden_geometry():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("text_config.norm_after", True),
         ("text_config.qkv_bias", True),
         ("text_config.qk_norm_type", "olmo3"),
         ("text_config.use_qk_norm", False),
@@ -112,6 +111,35 @@ def test_what_current_transformers_saves_is_read(tmp_path: Path):
     saved["text_config"]["rope_parameters"]["rope_type"] = "yarn"
     with pytest.raises(InputError, match="rope_type = 'yarn'"):
         _parse(saved)
+
+
+_OLMO3 = {
+    "norm_after": True,
+    "qk_norm_type": "olmo",
+    "rope_scaling": {"rope_type": "yarn", "factor": 8.0},
+    "rope_scaling_layers": [1],
+}
+
+
+def test_the_olmo3_family_is_refused_by_name():
+    values = small_config(**{f"text_config.{key}": value for key, value in _OLMO3.items()})
+    with pytest.raises(InputError, match=r"is of the family Molmo2-O-7B \(Olmo-3 decoder"):
+        _parse(values)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_olmo3_family_is_refused_as_current_transformers_saves_it(tmp_path: Path):
+    from transformers import Molmo2Config
+
+    values = small_config(**{"text_config.norm_after": True, "text_config.qk_norm_type": "olmo"})
+    Molmo2Config(**values).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is of the family Molmo2-O-7B"):
+        ModelConfig.from_file(tmp_path / "config.json", has_scorer=True)
+
+
+def test_causal_visual_tokens_are_our_addition():
+    assert _parse(small_config()).bidirectional_visual
+    assert not _parse(small_config(bidirectional_visual=False)).bidirectional_visual
 
 
 def test_a_grid_that_does_not_divide_is_refused():

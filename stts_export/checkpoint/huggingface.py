@@ -1,195 +1,148 @@
-"""Hugging Face Molmo2 folders, with or without scorer weights, read and written.
+"""Hugging Face Molmo2 folders, with or without scorer weights.
 
-A training run of ours (`RUN/stepN/`) holds folders of the same format; given the run, the newest
-step is taken. Only safetensors are read: nothing in a checkpoint is ever unpickled.
+Only safetensors are read: nothing in such a folder is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from stts_export.checkpoint.names import (
-    LM_HEAD,
-    SCORER_PREFIX,
-    TOKEN_EMBEDDING,
-    checkpoint_name,
-)
+from stts_export.checkpoint.names import LM_HEAD, SCORER_PREFIX, TOKEN_EMBEDDING
+from stts_export.checkpoint.stored import Checkpoint, StoredTensor, found_config_files, some
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
-from stts_export.files import whole
-from stts_export.model.vlm import SttsModel
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_FLOATS = ("F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder whose tensors are listed but not loaded."""
-
-    folder: Path
-    config: ModelConfig
-    file_of: dict[str, Path]
-    """Tensor name -> the safetensors file that holds it."""
-
-    @property
-    def has_scorer(self) -> bool:
-        """Whether scorer tensors are present; without them nothing can be pruned."""
-        return self.config.vision.pruning is not None
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """List the tensors of a checkpoint and read its configuration.
-
-    Args:
-        path: a Hugging Face Molmo2 folder, a step folder of a training run, or the run itself.
+def open_folder(folder: Path) -> Checkpoint:
+    """List the tensors of a folder and read its `config.json`.
 
     Raises:
         InputError: nothing readable there, or a configuration that is not implemented.
     """
-    folder = _resolve(path)
-    file_of = _list_tensors(folder)
-    has_scorer = any(name.startswith(SCORER_PREFIX) for name in file_of)
+    index = folder / INDEX
+    if index.exists() and (folder / SINGLE).exists():
+        raise InputError(
+            f"holds both {SINGLE} and {INDEX}, which are two sets of weights",
+            where=str(folder),
+            fix=f"remove the one that is not meant: {SINGLE}, or {INDEX} with its shards",
+        )
+    tensors = _list_shards(index) if index.exists() else _list_single(folder)
+    has_scorer = any(name.startswith(SCORER_PREFIX) for name in tensors)
     config = ModelConfig.from_file(folder / "config.json", has_scorer=has_scorer)
-    return Checkpoint(folder, config, file_of)
-
-
-def model_from_checkpoint(checkpoint: Checkpoint) -> SttsModel:
-    """Load all weights into a fp32 model in evaluation mode.
-
-    Raises:
-        InputError: tensors are missing, of another shape or type, or of no known use.
-    """
-    model, source = check_tensors(checkpoint)
-    state: dict[str, torch.Tensor] = {}
-    for file in sorted(set(checkpoint.file_of.values())):
-        with _opened(file) as tensors:
-            for ours, name in source.items():
-                if checkpoint.file_of[name] == file:
-                    state[ours] = _finite(tensors.get_tensor(name).float(), name, file)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def check_tensors(checkpoint: Checkpoint) -> tuple[SttsModel, dict[str, str]]:
-    """Check names, shapes and types of all tensors without loading any.
-
-    Returns:
-        The model without values (on the meta device), and its parameters' names in the checkpoint.
-
-    Raises:
-        InputError: tensors are missing, of another shape or type, or of no known use.
-    """
-    with torch.device("meta"):
-        model = SttsModel(checkpoint.config)
-    source = {ours: checkpoint_name(ours) for ours, _ in model.named_parameters()}
-    if LM_HEAD not in checkpoint.file_of:
-        tied = next(ours for ours, theirs in source.items() if theirs == LM_HEAD)
-        source[tied] = TOKEN_EMBEDDING
-    _check_names(checkpoint, set(source.values()))
-    for file in sorted(set(checkpoint.file_of.values())):
-        with _opened(file) as tensors:
-            for ours, parameter in model.named_parameters():
-                name = source[ours]
-                if checkpoint.file_of[name] == file:
-                    _check_tensor(tensors.get_slice(name), parameter, name, file)
-    return model, source
-
-
-def save_checkpoint(model: SttsModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `config.json` and `model.safetensors` in the Hugging Face Molmo2 format.
-
-    Each file is written beside its final name and moved there when complete.
-
-    Args:
-        model: its `config.extra` becomes `config.json`.
-        folder: created when missing.
-        dtype: type of the stored weights.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        checkpoint_name(name): parameter.detach().to("cpu", dtype).contiguous()
-        for name, parameter in model.named_parameters()
-    }
-    with whole(folder / _SINGLE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
-    text = json.dumps(model.config.extra, indent=2, sort_keys=True) + "\n"
-    with whole(folder / "config.json") as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def _resolve(path: Path) -> Path:
-    """Return the folder that holds the checkpoint: `path`, or the newest step of a run."""
-    if not path.exists():
-        raise InputError(
-            "no such folder", where=str(path), fix="pass the folder of a trained checkpoint"
-        )
-    if not path.is_dir():
-        raise InputError(
-            "is a file", where=str(path), allowed="a folder with config.json and safetensors"
-        )
-    if (path / "config.json").exists():
-        return path
-    steps = [
-        (int(match[1]), child)
-        for child in path.iterdir()
-        if (match := re.fullmatch(r"step(\d+)", child.name)) and (child / "config.json").exists()
-    ]
-    if steps:
-        return max(steps)[1]
-    raise InputError(
-        "holds no checkpoint: config.json is missing",
-        where=str(path),
-        allowed="a Hugging Face Molmo2 folder, or a folder written by `stts-export train`",
-    )
-
-
-def _list_tensors(folder: Path) -> dict[str, Path]:
-    index = folder / _INDEX
+    read = {tensor.file for tensor in tensors.values()} | {folder / "config.json"}
     if index.exists():
-        return _list_shards(index)
-    single = folder / _SINGLE
+        read.add(index)
+    files = tuple(sorted(read))
+    checkpoint = Checkpoint(folder, config, tensors, files, found_config_files(folder))
+    _check_head(checkpoint)
+    return checkpoint
+
+
+def _check_head(checkpoint: Checkpoint) -> None:
+    """Refuse a head that `tie_word_embeddings` contradicts; false is transformers' default."""
+    tied = checkpoint.config.extra.get("tie_word_embeddings", False)
+    held = {LM_HEAD, TOKEN_EMBEDDING} & set(checkpoint.tensors)
+    if held == {TOKEN_EMBEDDING} and tied is not True:
+        raise InputError(
+            f"{LM_HEAD} is missing, and config.json does not say that it is the embedding",
+            where=str(checkpoint.folder),
+            allowed="a model without a head of its own has tie_word_embeddings: true",
+            fix="the copy is incomplete: copy all files of the checkpoint",
+        )
+    if len(held) == 2 and tied is True and not checkpoint.looks_tied:
+        raise InputError(
+            f"tie_word_embeddings is true, but {LM_HEAD} differs from the embedding",
+            where=str(checkpoint.folder / "config.json"),
+            fix="if the model has a head of its own, set it to false; otherwise config.json and "
+            "weights are of different checkpoints",
+        )
+
+
+def _list_single(folder: Path) -> dict[str, StoredTensor]:
+    single = folder / SINGLE
     if not single.exists():
         pickles = [p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix)]
         raise InputError(
-            f"{_SINGLE} is missing"
+            f"{SINGLE} is missing"
             + (f"; {', '.join(sorted(pickles))} can hold code and is not read" if pickles else ""),
             where=str(folder),
-            allowed=f"{_SINGLE}, or {_INDEX} with its shards",
+            allowed=f"{SINGLE}, or {INDEX} with its shards",
             fix="save the weights as safetensors",
         )
-    with _opened(single) as tensors:
-        return dict.fromkeys(tensors.keys(), single)
+    return _list_file(single)
 
 
-def _list_shards(index: Path) -> dict[str, Path]:
+def _list_shards(index: Path) -> dict[str, StoredTensor]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        file_of = {str(name): index.parent / str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        odd = [f for f in weight_map.values() if f in ("", "..") or Path(f).name != f]
+        file_of = {str(name): index.parent / file for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"is not a safetensors index: {error!r}", where=str(index)) from None
+    if odd:
+        raise InputError(
+            f"names the shard {odd[0]!r}", where=str(index), allowed="files beside the index"
+        )
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(file_of.values())):
         listed = {name for name, holder in file_of.items() if holder == file}
-        with _opened(file) as tensors:
-            missing = sorted(listed - set(tensors.keys()))
+        held = _list_file(file)
+        missing = sorted(listed - set(held))
         if missing:
             raise InputError(
-                f"lacks {_some(missing)}, which {index.name} places in it",
+                f"lacks {some(missing)}, which {index.name} places in it",
                 where=str(file),
                 fix="download the shard again",
             )
-    return file_of
+        unlisted = sorted(set(held) - set(file_of))
+        if unlisted:
+            raise InputError(
+                f"lacks {some(unlisted)}, which {file.name} holds",
+                where=str(index),
+                fix="download the index and the shards again, of one and the same revision",
+            )
+        tensors |= {name: tensor for name, tensor in held.items() if name in listed}
+    return tensors
+
+
+def _list_file(file: Path) -> dict[str, StoredTensor]:
+    tensors = {}
+    with _opened(file) as opened:
+        for name in opened.keys():  # noqa: SIM118 - not a mapping
+            view = opened.get_slice(name)
+            if view.get_dtype() not in DTYPES:
+                raise InputError(
+                    f"{name} has type {view.get_dtype()}",
+                    where=str(file),
+                    allowed="F32 or F16 or BF16",
+                    fix="export an unquantised checkpoint",
+                )
+            shape, dtype = tuple(view.get_shape()), DTYPES[view.get_dtype()]
+            tensors[name] = StoredTensor(name, shape, dtype, file, partial(_load, file, name))
+    return tensors
+
+
+def _load(file: Path, name: str) -> torch.Tensor:
+    with _opened(file) as opened:
+        tensor: torch.Tensor = opened.get_tensor(name)  # its memory is the file's pages
+        return tensor
 
 
 @contextmanager
@@ -208,64 +161,3 @@ def _opened(file: Path) -> Iterator[Any]:
             where=str(file),
             fix="the file is truncated or damaged: copy it again",
         ) from None
-
-
-def _check_names(checkpoint: Checkpoint, needed: set[str]) -> None:
-    where = str(checkpoint.folder)
-    missing = sorted(needed - set(checkpoint.file_of))
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(needed)} tensors are missing: {_some(missing)}",
-            where=where,
-            fix="the checkpoint is incomplete, or config.json belongs to another one",
-        )
-    extra = sorted(
-        name
-        for name in set(checkpoint.file_of) - needed
-        if not _above_taps(name, checkpoint.config.vision.num_layers)
-    )
-    if extra:
-        raise InputError(
-            f"{len(extra)} tensors have no place in this model: {_some(extra)}",
-            where=where,
-            fix="config.json belongs to another checkpoint, or the family is not supported",
-        )
-
-
-def _above_taps(name: str, num_layers: int) -> bool:
-    """Vision blocks above the deepest connector tap, which some folders keep, are never run."""
-    match = re.search(r"image_vit\.transformer\.resblocks\.(\d+)\.", name)
-    return bool(match) and int(match[1]) >= num_layers  # type: ignore[index]
-
-
-def _check_tensor(stored: Any, parameter: torch.Tensor, name: str, file: Path) -> None:
-    """Compare a safetensors slice, which is not loaded, with the parameter it is for."""
-    if tuple(stored.get_shape()) != tuple(parameter.shape):
-        raise InputError(
-            f"{name} has shape {tuple(stored.get_shape())}",
-            where=str(file),
-            allowed=f"{tuple(parameter.shape)}, by config.json",
-            fix="config.json belongs to another checkpoint",
-        )
-    if stored.get_dtype() not in _FLOATS:
-        raise InputError(
-            f"{name} has type {stored.get_dtype()}",
-            where=str(file),
-            allowed=" or ".join(_FLOATS),
-            fix="export an unquantised checkpoint",
-        )
-
-
-def _finite(tensor: torch.Tensor, name: str, file: Path) -> torch.Tensor:
-    if not torch.isfinite(tensor).all():
-        raise InputError(
-            f"{name} has NaN or infinite values",
-            where=str(file),
-            fix="the training diverged or the file is damaged: take an earlier checkpoint",
-        )
-    return tensor
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from stts_export.cli.common import Arguments, backend_options
+from stts_export.cli.common import Arguments, backend_options, path_or_name
 from stts_export.errors import VerificationError
 from stts_export.files import write_json
 
@@ -15,8 +15,10 @@ from stts_export.files import write_json
 def options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("bundle", type=Path, help="folder written by build")
     verb.add_argument(
-        "--against", type=Path, required=True, metavar="CHECKPOINT", help="what it was built from"
-    )
+        "--against", type=path_or_name, required=True, metavar="CHECKPOINT",
+        help="what it was built from",
+    )  # fmt: skip
+    verb.add_argument("--revision", help="of a checkpoint on the hub, as for build")
     verb.add_argument(
         "--video", type=Path, action="append", default=[],
         help="compare on this file (repeatable); built-in clips if absent",
@@ -40,6 +42,7 @@ def run(arguments: Arguments) -> int:
         backend=arguments.backend,
         plugin=arguments.plugin,
         keep_repro=arguments.keep_repro,
+        revision=arguments.revision,
     )
     try:
         write_json(arguments.bundle / REPORT_FOLDER / "verify.json", report.to_dict())

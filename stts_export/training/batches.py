@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stts_export.config import ModelConfig
-from stts_export.runtime.prompt import PromptBuilder, keep_tokens
+from stts_export.runtime.prompt import PromptBuilder, VideoTokens, kept_positions
 from stts_export.runtime.sampling import sample_times
 from stts_export.training.clips import (
     TOP_LEVEL,
@@ -168,14 +168,15 @@ class SequenceBuilder:
 
     def _prefix(self, timestamps: tuple[float, ...]) -> NDArray[np.int64]:
         if timestamps not in self._prefixes:
-            whole = self._prompts.build("", timestamps, self._config.vision.windows)
+            visuals = [VideoTokens(timestamps, self._config.vision.windows)]
+            whole = self._prompts.build("", visuals)
             cut = int(np.flatnonzero(whole == self._chat_start)[0])
             self._prefixes[timestamps] = whole[:cut]
         return self._prefixes[timestamps]
 
     def _suffix(self, question: str) -> NDArray[np.int64]:
         if question not in self._suffixes:
-            self._suffixes[question] = self._prompts.build(question, None, 1)[1:]
+            self._suffixes[question] = self._prompts.build(question)[1:]
         return self._suffixes[question]
 
     def build(self, examples: Sequence[Example], keeps: Sequence[Tensor]) -> Sequences:
@@ -218,7 +219,8 @@ class SequenceBuilder:
         self, example: Example, keep: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], list[int]]:
         """Return the tokens of one clip, and the sizes of its parts: the clip, then the blocks."""
-        prefix = keep_tokens(self._prefix(example.timestamps), keep, self._config.tokens.im_patch)
+        whole = self._prefix(example.timestamps)
+        prefix = whole[kept_positions(whole, keep.reshape(-1), self._config.tokens.im_patch)]
         parts = [prefix]
         for question in example.questions:
             answer = np.array([self._answers[question.answer]])

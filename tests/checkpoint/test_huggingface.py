@@ -91,12 +91,41 @@ def test_tensors_decide_over_the_prune_flag(tmp_path: Path):
     assert open_checkpoint(random_checkpoint(tmp_path / "c", values)).has_scorer
 
 
-def test_a_missing_head_is_tied_to_the_embedding(folder: Path):
+def _tie(folder: Path, value: bool | None) -> None:
+    """Say in config.json whether the head is the embedding; nothing when None."""
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("tie_word_embeddings", None)
+    if value is not None:
+        values["tie_word_embeddings"] = value
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def test_a_missing_head_is_the_embedding_where_the_config_says_so(folder: Path):
     weights = _weights(folder)
     del weights[LM_HEAD]
     _rewrite(folder, weights)
+    _tie(folder, True)
     state = _load(folder).state_dict()
     assert torch.equal(state["language.lm_head.weight"], weights[TOKEN_EMBEDDING])
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_a_missing_head_of_an_untied_model_is_named(folder: Path, value: bool | None):
+    weights = _weights(folder)
+    del weights[LM_HEAD]
+    _rewrite(folder, weights)
+    _tie(folder, value)
+    with pytest.raises(InputError, match=r"lm_head\.weight is missing, and config\.json"):
+        open_checkpoint(folder)
+
+
+def test_a_head_of_its_own_contradicts_a_tied_model(folder: Path):
+    _tie(folder, True)
+    with pytest.raises(InputError, match=r"is true, but lm_head\.weight differs"):
+        open_checkpoint(folder)
+    weights = _weights(folder)
+    _rewrite(folder, {**weights, LM_HEAD: weights[TOKEN_EMBEDDING].clone()})
+    _load(folder)
 
 
 def test_vision_blocks_above_the_taps_are_left_out(folder: Path):
@@ -141,7 +170,7 @@ def test_integer_weights_are_refused(folder: Path):
     weights = _weights(folder)
     weights["model.transformer.ln_f.weight"] = torch.ones(32, dtype=torch.int8)
     _rewrite(folder, weights)
-    with pytest.raises(InputError, match="I8"):
+    with pytest.raises(InputError, match="int8"):
         _load(folder)
 
 
@@ -181,8 +210,36 @@ def test_an_index_that_promises_too_much_is_refused(folder: Path):
 
 @pytest.mark.parametrize("content", ["not json", "[]", '{"weight_map": 3}'])
 def test_a_broken_index_is_refused(folder: Path, content: str):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(InputError, match="not a safetensors index"):
+        open_checkpoint(folder)
+
+
+def test_two_sets_of_weights_are_refused(folder: Path):
+    single = (folder / "model.safetensors").read_bytes()
+    _shard(folder)
+    (folder / "model.safetensors").write_bytes(single)
+    with pytest.raises(InputError, match="two sets of weights") as error:
+        open_checkpoint(folder)
+    assert "remove the one that is not meant" in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["../other/model.safetensors", "/other.safetensors", "..", "", 3])
+def test_an_index_names_files_beside_it(folder: Path, file: object):
+    _shard(folder)
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["model.transformer.ln_f.weight"] = file
+    index.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"index\.json: (names the shard|is not a safetensors)"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "[]", "{"])
+def test_a_config_that_is_none_is_refused(folder: Path, text: str):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json: (cannot be read as|is not a) JSON"):
         open_checkpoint(folder)
 
 

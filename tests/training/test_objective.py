@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stts_export.runtime.prompt import VideoTokens
 from stts_export.training.batches import dev_examples, train_examples
 from stts_export.training.loop import Trainer
 from stts_export.training.objective import encode_batch, run_batch, similarity_loss
@@ -91,7 +92,7 @@ def test_questions_on_a_shared_prefix_get_the_answers_of_separate_prompts(traine
         for example in examples:
             encoded = model.encode(torch.from_numpy(example.frames), example.prune_ratio)
             for question in example.questions:
-                whole = prompts.build(question.text, example.timestamps, windows)
+                whole = prompts.build(question.text, [VideoTokens(example.timestamps, windows)])
                 stays = whole != trainer.model_config.tokens.im_patch
                 stays[~stays] = encoded.keep.numpy().reshape(-1)
                 ids = torch.from_numpy(whole[stays])[None]
