@@ -95,7 +95,7 @@ def _windows_first(grid: Tensor, pool: int) -> Tensor:
 
 
 class Connector(nn.Module):
-    """One token per window: attention pooling with a mean query, then SwiGLU (spec 1.2)."""
+    """One token of several patches: attention pooling with a mean query, SwiGLU (spec 1.2)."""
 
     def __init__(self, config: ConnectorConfig, in_width: int, text_width: int) -> None:
         super().__init__()
@@ -105,10 +105,35 @@ class Connector(nn.Module):
         self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.w2 = nn.Linear(config.intermediate_size, text_width, bias=False)
         self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.masks_missing = config.pooling_attention_mask
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Map (N, G, D * taps) to (N, C)."""
-        pooled = self.pooling(windows.mean(1, keepdim=True), windows).squeeze(1)
+        """Map the windows of video (N, G, D * taps), which are all full, to (N, C)."""
+        return self._project(self.pooling(windows.mean(1, keepdim=True), windows))
+
+    def pool(self, patches: Tensor, pooled_patches: Tensor) -> Tensor:
+        """Pool any patches, as images do at the edges of their grids.
+
+        Args:
+            patches: (R, D * taps).
+            pooled_patches: (N, P) integer rows of `patches`, -1 for none; no row is all -1.
+
+        Returns:
+            (N, C).
+        """
+        there = pooled_patches >= 0
+        row = torch.where(there, pooled_patches, torch.zeros_like(pooled_patches))
+        gathered = patches.index_select(0, row.flatten()).unflatten(0, (-1, row.shape[1]))
+        gathered = torch.where(there[..., None], gathered, torch.zeros_like(gathered))
+        if not self.masks_missing:
+            return self.forward(gathered)
+        count = there.to(gathered.dtype).sum(1)[:, None, None]
+        query = gathered.sum(1, keepdim=True) / count
+        return self._project(self.pooling(query, gathered, there[:, None, None, :]))
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        """Map (N, 1, width) to (N, C)."""
+        pooled = pooled.squeeze(1)
         return self.w2(F.silu(self.w1(pooled)) * self.w3(pooled))
 
 
@@ -185,7 +210,21 @@ class VisionTower(nn.Module):
         return self.blocks[self.config.split_at - 1](self.before_scoring(frames))
 
     def upper(self, bins: Tensor, segment: Tensor | None = None) -> Tensor:
-        """Run the part after removal and the connector.
+        """Run the part after removal and the connector; arguments as in `tapped`.
+
+        Returns:
+            (b, S, C), one feature per slot.
+        """
+        return self.connect(self.tapped(bins, segment))
+
+    def connect(self, tapped: Tensor) -> Tensor:
+        """Pool the windows of video, (b, S*G, D * taps) to (b, S, C)."""
+        group = self.config.patches_per_window
+        windows = tapped.reshape(-1, group, tapped.shape[-1])  # (b*S, G, D * taps)
+        return self.connector(windows).reshape(tapped.shape[0], -1, self.connector.w2.out_features)
+
+    def tapped(self, bins: Tensor, segment: Tensor | None = None) -> Tensor:
+        """Run the part after removal up to the connector.
 
         Args:
             bins: (b, S*G, D) packed windows.
@@ -193,7 +232,7 @@ class VisionTower(nn.Module):
                 when each bin is one segment.
 
         Returns:
-            (b, S, C), one feature per slot.
+            (b, S*G, D * taps), the tapped blocks' outputs side by side.
         """
         group = self.config.patches_per_window
         mask = None
@@ -206,6 +245,15 @@ class VisionTower(nn.Module):
             x = self.blocks[index](x, mask)
             if index in self.config.taps:
                 tapped[index] = x
-        features = torch.cat([tapped[tap] for tap in self.config.taps], dim=-1)
-        windows = features.reshape(-1, group, features.shape[-1])  # (b*S, G, D * taps)
-        return self.connector(windows).reshape(bins.shape[0], -1, self.connector.w2.out_features)
+        return torch.cat([tapped[tap] for tap in self.config.taps], dim=-1)
+
+    def in_window_order(self, pooled_patches: Tensor) -> Tensor:
+        """Indices of patches in the towers' order, given row by row.
+
+        Args:
+            pooled_patches: (N, P) integer, into crops one after the other; -1 for none.
+        """
+        place = self.embedding.window_major.argsort()
+        crop = pooled_patches // len(place)
+        moved = crop * len(place) + place[pooled_patches % len(place)]
+        return torch.where(pooled_patches < 0, pooled_patches, moved.to(pooled_patches.dtype))

@@ -8,6 +8,10 @@ from pathlib import Path
 from stts_export.errors import InputError
 
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+_GIF = (b"GIF87a", b"GIF89a")
+_GIF_PICTURE, _GIF_END = 0x2C, 0x3B
+_JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_JPEG_SCAN = 0xDA
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,52 @@ def check_complete(
             fix="copy or download it again, or make a shorter video of what is left: "
             f"ffmpeg -i {path.name} -c copy OUT{path.suffix}",
         )
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a JPEG or GIF file that ends before its last mark.
+
+    FFmpeg's decoders fill up what is missing; those of other formats report it.
+
+    Raises:
+        InputError: the file is cut off.
+    """
+    content = path.read_bytes()
+    try:
+        ends = _gif_ends(content) and _jpeg_ends(content)
+    except IndexError:
+        ends = False
+    if not ends:
+        raise InputError("the picture is cut off", where=str(path), fix="copy or download it again")
+
+
+def _gif_ends(content: bytes) -> bool:
+    """Whether the blocks of a GIF file go on to its end mark; True for other files."""
+    if not content.startswith(_GIF):
+        return True
+    at = 13 + _colours(content[10])
+    while content[at] != _GIF_END:
+        at += 10 + _colours(content[at + 9]) + 1 if content[at] == _GIF_PICTURE else 2
+        while content[at]:  # pieces of data, the last one empty
+            at += 1 + content[at]
+        at += 1
+    return True
+
+
+def _colours(flags: int) -> int:
+    """Bytes of the table of colours that comes next."""
+    return 3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0
+
+
+def _jpeg_ends(content: bytes) -> bool:
+    """Whether a JPEG file has an end mark after its first scan; True for other files."""
+    if not content.startswith(_JPEG):
+        return True
+    at = len(_JPEG)
+    while content[at] == 0xFF and content[at + 1] != _JPEG_SCAN:  # a preview has an end mark too
+        # Fill bytes may stand before a mark.
+        at += 1 if content[at + 1] == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return content.find(_JPEG_END, at) >= 0
 
 
 def is_mp4(path: Path) -> bool:

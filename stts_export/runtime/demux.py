@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from stts_export.errors import InputError
-from stts_export.runtime.completeness import Statement, check_complete, is_mp4
+from stts_export.runtime.completeness import Statement, check_complete, check_picture, is_mp4
 from stts_export.runtime.frame_index import FrameIndex, PacketInfo
 
 _UNSTATED_RATE = Fraction(25)
@@ -36,8 +36,8 @@ class VideoFile:
         path: an image or video file on this machine.
 
     Raises:
-        InputError: there is no such file, it cannot be read as a video, it has no video stream, or
-            the stream's codec is not supported.
+        InputError: there is no such file, it cannot be read as a video, it has no video stream,
+            the stream's codec is not supported, or it is a picture that is cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +46,7 @@ class VideoFile:
         with self._open() as container:
             stream = _choose_stream(container, path)
             self.format: str = container.format.name
+            self.codec: str = stream.codec_context.name
             self.rate = stream.average_rate or stream.guessed_rate
             """Frames per second, where the file states a rate."""
             self._number = stream.index
@@ -56,6 +57,9 @@ class VideoFile:
                 float((stream.duration or 0) * self._time_base),
                 (container.duration or 0) / av.time_base,
             )
+
+        if self.is_image or self.format == "gif":
+            check_picture(path)
 
     @property
     def is_image(self) -> bool:
@@ -117,15 +121,24 @@ class VideoFile:
             file_seconds=file_seconds,
         )
 
-    def first_frame(self) -> VideoFrame:
-        """Decode the first frame.
+    def picture(self) -> VideoFrame:
+        """Decode a still image.
 
         Raises:
-            InputError: no frame can be decoded.
+            InputError: it cannot be decoded, or only in part.
         """
-        for frame in self.decode():
-            return frame
-        raise _no_frames(self.path)
+        with self._open() as container:
+            stream = _video_stream(container, self._number)
+            if self.codec == "mjpeg":
+                # Without it what cannot be decoded is grey. Others have an error for it, and that
+                # of TIFF takes some sound files for damaged with this option.
+                stream.codec_context.options = {"err_detect": "explode"}
+            for packet in _packets(container.demux(stream)):
+                for frame in _decode(stream, packet):
+                    return frame
+            for frame in _decode(stream, None):
+                return frame
+        raise _no_picture(self.path)
 
     def decode(self) -> Iterator[VideoFrame]:
         """Decode all frames in the order of display, without those that cannot be decoded."""
@@ -263,6 +276,14 @@ def _open_error(path: Path, error: OSError | av.FFmpegError) -> InputError:
 def _not_a_video(path: Path) -> InputError:
     return InputError(
         "is not a video or an image", where=str(path), allowed="a file that FFmpeg can read"
+    )
+
+
+def _no_picture(path: Path) -> InputError:
+    return InputError(
+        "the picture is damaged or cut off, or in a format that cannot be decoded",
+        where=str(path),
+        fix="copy or download it again, or save it as PNG",
     )
 
 

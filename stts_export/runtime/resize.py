@@ -7,6 +7,7 @@ bit. With more threads torch itself differs by one level in about one value of 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,27 +20,38 @@ if TYPE_CHECKING:
     from stts_export.engines.cuda import DeviceArray
 
 _CHANNELS = 3
+_SHAPES = {3: "(height, width, 3)", 4: "(T, height, width, 3)"}
+
+
+_BAND = 16
+"""Rows that are resized at a time where weights are not kept."""
 
 
 class _Plan(NamedTuple):
-    """What one pair of sizes needs; columns count bytes of an RGB row, not pixels."""
+    """What some rows of a result need; columns count bytes of an RGB row, not pixels."""
 
+    target: slice
+    """These rows."""
     rows: tuple[NDArray[np.intp], NDArray[np.intp]]
     columns: tuple[NDArray[np.intp], NDArray[np.intp]]
     weights: tuple[NDArray[np.float64], ...]
-    """(height, width * 3) per corner, in `_CORNERS` order; values are exact in float32."""
+    """(rows, width * 3) per corner, in `_CORNERS` order; values are exact in float32."""
 
 
 # (row, column) of the neighbours in the order in which torch adds them up.
 _CORNERS = ((0, 1), (0, 0), (1, 0), (1, 1))
 
 
-def resize_frames(frames: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+def resize_frames(
+    frames: NDArray[np.uint8], size: tuple[int, int], *, reuse: bool = True
+) -> NDArray[np.uint8]:
     """Resize RGB frames.
 
     Args:
         frames: (T, H, W, 3) or (H, W, 3) uint8.
         size: (height, width) of the result in pixels.
+        reuse: keep the weights for the next call with the same sizes; they take 32 times the
+            memory of a resized frame. Else they are made for a band of rows at a time.
 
     Returns:
         Frames of that size in the same layout; the input itself when it has that size already.
@@ -54,26 +66,38 @@ def resize_frames(frames: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[n
     source = (frames.shape[-3], frames.shape[-2])
     if source == (height, width):
         return frames
-    plan = _plan(source, (height, width))
+    plans = (_whole_plan(source, size),) if reuse else _plans(source, size, _BAND)
     batch = frames.reshape(-1, source[0], source[1] * _CHANNELS)
     resized = np.empty((len(batch), height, width * _CHANNELS), dtype=np.uint8)
-    for frame, target in zip(batch, resized, strict=True):
-        target[:] = _resize(frame, plan)
+    for plan in plans:
+        for frame, result in zip(batch, resized, strict=True):
+            result[plan.target] = _resize(frame, plan)
     return resized.reshape(*frames.shape[:-3], height, width, _CHANNELS)
 
 
-def check_frames(frames: NDArray[Any] | DeviceArray, *, dimensions: tuple[int, ...] = (4,)) -> None:
+def check_frames(
+    frames: NDArray[Any] | DeviceArray,
+    *,
+    dimensions: tuple[int, ...] = (4,),
+    where: str = "frames",
+) -> None:
     """Refuse anything but RGB frames.
 
+    Args:
+        frames: what was given.
+        dimensions: of these, 4 for (T, H, W, 3) and 3 for (H, W, 3), those that are allowed.
+        where: what it was given as.
+
     Raises:
-        InputError: not uint8, not (T, H, W, 3), or empty.
+        InputError: not uint8, of another shape, or empty.
     """
     is_rgb = frames.ndim in dimensions and frames.shape[-1] == _CHANNELS
     if frames.dtype != np.uint8 or not is_rgb or frames.size == 0:
+        shapes = " or ".join(_SHAPES[number] for number in sorted(dimensions))
         raise InputError(
             f"got {frames.dtype} of shape {frames.shape}",
-            where="frames",
-            allowed="uint8 (T, height, width, 3) in RGB order, at least one frame",
+            where=where,
+            allowed=f"uint8 {shapes} in RGB order, no side 0",
         )
 
 
@@ -88,20 +112,26 @@ def _resize(frame: NDArray[np.uint8], plan: _Plan) -> NDArray[np.float32]:
     return np.rint(total)
 
 
-@lru_cache(maxsize=8)
-def _plan(source: tuple[int, int], size: tuple[int, int]) -> _Plan:
+def _plans(source: tuple[int, int], size: tuple[int, int], band: int) -> Iterator[_Plan]:
+    """Yield what every `band` rows of the result need."""
     rows, row_weights = _taps(source[0], size[0])
     pixels, column_weights = _taps(source[1], size[1])
     first, second = (
         (index[:, None] * _CHANNELS + np.arange(_CHANNELS)).reshape(-1) for index in pixels
     )
-    weights = tuple(
-        np.multiply.outer(row_weights[row], np.repeat(column_weights[column], _CHANNELS)).astype(
-            np.float64
+    across = [np.repeat(weights, _CHANNELS) for weights in column_weights]
+    for top in range(0, size[0], band):
+        part = slice(top, top + band)
+        weights = tuple(
+            np.multiply.outer(row_weights[row][part], across[column]).astype(np.float64)
+            for row, column in _CORNERS
         )
-        for row, column in _CORNERS
-    )
-    return _Plan(rows, (first, second), weights)
+        yield _Plan(part, (rows[0][part], rows[1][part]), (first, second), weights)
+
+
+@lru_cache(maxsize=8)
+def _whole_plan(source: tuple[int, int], size: tuple[int, int]) -> _Plan:
+    return next(_plans(source, size, size[0]))
 
 
 def _taps(

@@ -17,9 +17,11 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from stts_export.runtime.demux import UnreliableTimesError, VideoFile
+from stts_export.runtime.exif import is_mirrored
 from stts_export.runtime.frame_index import FrameIndex
 from stts_export.runtime.resize import resize_frames
 from stts_export.runtime.sampling import sample_times
+from stts_export.runtime.stills import still_rgb
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ _PICTURE_SUFFIXES = frozenset({".gif", ".apng", ".png", ".avif"})
 
 @dataclass(frozen=True)
 class VideoClip:
-    """The sampled frames of a video file, or an image as a clip of one frame."""
+    """The sampled frames of a video file, or an image as its only frame."""
 
     frames: NDArray[np.uint8]
     """(T, height, width, 3) RGB, upright."""
@@ -46,7 +48,7 @@ class VideoClip:
     source_size: tuple[int, int]
     """(height, width) of the file's frames, upright."""
     is_image: bool = False
-    """An image: nothing may be removed from it."""
+    """An image: its frame has the file's size, and nothing may be removed from it."""
 
 
 def read_video(
@@ -66,16 +68,19 @@ def read_video(
         path: an image or video file; anything that FFmpeg decodes.
         max_frames: upper limit of the number of samples T.
         max_fps: upper limit of samples per second.
-        size: (height, width) of the result in pixels; None keeps the file's.
+        size: (height, width) of a video's frames in pixels; None keeps the file's, as images do.
         on_progress: called after every sampled frame.
 
     Raises:
         InputError: the file is missing, is no video, has no frames, ends before its stated
-            duration or has a codec that is not supported; or a limit is not positive.
+            duration, is a picture that is damaged or cut off, or has a codec that is not
+            supported; or a limit is not positive.
     """
     file = VideoFile(Path(path))
     if file.is_image:
-        return _image(file, oriented(file.first_frame()), size)
+        frame = file.picture()
+        mirrored = is_mirrored(file.path.read_bytes())
+        return _image(file, oriented(frame, mirrored=mirrored, rgb=still_rgb(frame, file.codec)))
     packets = file.index_packets()
     if packets is not None:
         try:
@@ -109,23 +114,35 @@ def play(
     return -(-len(starts) // step), ((start, oriented(frame)) for start, frame in shown)
 
 
-def oriented(frame: VideoFrame) -> NDArray[np.uint8]:
-    """Return (height, width, 3) RGB, turned and mirrored as the file asks for."""
-    rgb = np.asarray(frame.to_ndarray(format="rgb24", channel_last=True), dtype=np.uint8)
-    a, b, c, d = _display_matrix(frame)
+def oriented(
+    frame: VideoFrame, *, mirrored: bool = False, rgb: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """Return (height, width, 3) RGB, turned and mirrored as the file asks for.
+
+    Args:
+        frame: as decoded.
+        mirrored: what EXIF says. PyAV cannot hand over the matrix of a frame that comes with EXIF,
+            only its angle.
+        rgb: its pixels as stored, (height, width, 3); FFmpeg converts them when None.
+    """
+    if rgb is None:
+        rgb = np.asarray(frame.to_ndarray(format="rgb24", channel_last=True), dtype=np.uint8)
+    a, b, c, d = _display_matrix(frame, mirrored)
     right, down = a, d
     if abs(b) > abs(a):
         rgb, right, down = rgb.transpose(1, 0, 2), c, b
     return np.ascontiguousarray(rgb[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1])
 
 
-def _display_matrix(frame: VideoFrame) -> tuple[float, float, float, float]:
+def _display_matrix(frame: VideoFrame, mirrored: bool) -> tuple[float, float, float, float]:
     """(a, b, c, d): a pixel at column p and row q is shown at column a p + c q, row b p + d q."""
     try:
         side_data = cast("Mapping[SideDataType, bytes]", frame.side_data)
     except ValueError:  # PyAV does not know every kind of side data
         angle = math.radians(frame.rotation)  # counterclockwise
-        return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+        flip = -1 if mirrored else 1  # rows, before the turn
+        cos, sin = math.cos(angle), math.sin(angle)
+        return cos, -sin, flip * sin, flip * cos
     if SideDataType.DISPLAYMATRIX not in side_data:
         return 1, 0, 0, 1
     # Three rows of three: (a, b, u), (c, d, v), (x, y, w).
@@ -155,12 +172,11 @@ def _read(
         if on_progress:
             on_progress(done, len(times))
     if len(index.keys) == 1 and file.path.suffix.lower() in _PICTURE_SUFFIXES:
-        return _image(file, image, size)
+        return _image(file, image)
     rate = float(file.rate) if file.rate else len(index.keys) / (index.duration or 1.0)
     return VideoClip(frames, times, rate, index.duration, str(file.path), source_size)
 
 
-def _image(file: VideoFile, image: NDArray[np.uint8], size: tuple[int, int] | None) -> VideoClip:
-    source_size = image.shape[0], image.shape[1]
-    frames = resize_frames(image, size or source_size)[None]
-    return VideoClip(frames, np.zeros(1), 0.0, 0.0, str(file.path), source_size, is_image=True)
+def _image(file: VideoFile, image: NDArray[np.uint8]) -> VideoClip:
+    size = image.shape[0], image.shape[1]
+    return VideoClip(image[None], np.zeros(1), 0.0, 0.0, str(file.path), size, is_image=True)

@@ -1,7 +1,7 @@
 """The vision side of a session: lower, selection, upper; memory bounded by chunks.
 
 Axes: T frames, W windows, G patches of a window, D vision width, C decoder width, K kept windows,
-B bins.
+B bins; n crops of an image, N its tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stts_export.config import VisionConfig
 from stts_export.runtime import planner
 from stts_export.runtime.decoder import Runner
-from stts_export.tensors import ACTIVATION, Precision
+from stts_export.tensors import ACTIVATION, CONNECTOR_CHUNK, Precision
 from stts_export.tensors import LOWER_CHUNK as LOWER_CHUNK
 from stts_export.tensors import UPPER_CHUNK as UPPER_CHUNK
 
@@ -28,7 +28,12 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Runners:
-    """The graphs of the vision side: `upper_frames`, or `upper` with what fills its bins."""
+    """The graphs of the vision side: `upper_frames`, or `upper` with what fills its bins.
+
+    Both have a second output that only images use, `tapped`. For clips it is bound to memory that
+    nobody reads, and so is the first one for images: left to itself an output would be allocated
+    and copied call by call.
+    """
 
     lower: Runner
     upper_frames: Runner | None = None
@@ -39,6 +44,8 @@ class Runners:
     """Selects and fills bins by itself."""
     gather_windows: Runner | None = None
     """Fills bins as planned on the host."""
+    connector: Runner | None = None
+    """For images."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,75 @@ def encode(
         "vision_upper": time.perf_counter() - planned,
     }
     return VisionOutput(host_scores, keep, features, timings)
+
+
+def encode_image(
+    runners: Runners,
+    config: VisionConfig,
+    precision: Precision,
+    crops: NDArray[np.uint8],
+    pooled_patches: NDArray[np.int32],
+    *,
+    width: int,
+    chunk: int = LOWER_CHUNK,
+    on_progress: OnProgress | None = None,
+) -> tuple[NDArray[Any], dict[str, float]]:
+    """Encode one image, from which nothing is removed; only its tapped patches are held whole.
+
+    Args:
+        runners: the graphs, `connector` among them.
+        config: the tower.
+        precision: of the graphs.
+        crops: uint8 (n, height, width, 3) at the model's size.
+        pooled_patches: (N, P) the patches of a token: indices into the patches of all crops, row
+            by row in each; -1 for none.
+        width: C.
+        chunk: most crops at once.
+        on_progress: called after every chunk.
+
+    Returns:
+        (N, C) in the bundle's type, and seconds per stage.
+    """
+    started = time.perf_counter()
+    upper = runners.upper_frames or runners.upper
+    assert upper is not None
+    assert runners.connector is not None
+    patches = config.windows * config.patches_per_window
+    taps = upper.zeros((len(crops), patches, _tapped_width(config)), ACTIVATION[precision])
+    # Features of windows, which nobody reads either.
+    unread = upper.zeros((min(len(crops), chunk), config.windows, width), ACTIVATION[precision])
+    for start in range(0, len(crops), chunk):
+        part = slice(start, min(start + chunk, len(crops)))
+        hidden, _ = run_lower(runners.lower, config, precision, crops[part], plain=True)
+        inputs = {"bins": hidden}
+        if runners.upper_frames is None:
+            inputs["segment"] = np.zeros((len(hidden), config.windows), np.int32)
+        upper(inputs, {"tapped": taps[part], "packed_features": unread[: len(hidden)]})
+        if on_progress:
+            on_progress("image", part.stop, len(crops))
+    seen = time.perf_counter()
+    rows = taps.reshape(-1, _tapped_width(config))
+    index = in_window_order(pooled_patches, config)
+    parts = [
+        runners.connector({"patches": rows, "pooled_patches": index[i : i + CONNECTOR_CHUNK]})
+        for i in range(0, len(index), CONNECTOR_CHUNK)
+    ]
+    features = np.concatenate([part["features"] for part in parts])
+    return features, {"image": seen - started, "connector": time.perf_counter() - seen}
+
+
+def in_window_order(pooled_patches: NDArray[np.int32], config: VisionConfig) -> NDArray[np.int32]:
+    """Turn indices of patches row by row into indices of the graphs' order, window by window."""
+    (rows, columns), pool = config.grid, config.pool
+    grid = np.arange(rows * columns).reshape(rows // pool, pool, columns // pool, pool)
+    place = np.argsort(grid.swapaxes(1, 2).ravel())
+    crop, patch = np.divmod(pooled_patches, rows * columns)
+    index = crop * (rows * columns) + place[patch]
+    return np.where(pooled_patches < 0, pooled_patches, index).astype(np.int32)
+
+
+def _tapped_width(config: VisionConfig) -> int:
+    return config.hidden_size * len(config.taps)
 
 
 def run_lower(
@@ -253,9 +329,13 @@ def run_upper_bins(
         (K, C).
     """
     features: NDArray[Any] | None = None
+    unread: Any = None
     done, total = 0, bins.count * config.windows
     for chunk, segment in bins.chunks:
-        packed = runner({"bins": chunk, "segment": segment})["packed_features"]  # (b, W, C)
+        if unread is None or len(unread) < len(chunk):
+            unread = runner.zeros((*chunk.shape[:2], _tapped_width(config)), chunk.dtype)
+        outputs = runner({"bins": chunk, "segment": segment}, {"tapped": unread[: len(chunk)]})
+        packed = outputs["packed_features"]  # (b, W, C)
         packed = packed.reshape(-1, packed.shape[-1])
         if features is None:
             features = np.empty((len(bins.kept_slot), packed.shape[-1]), packed.dtype)
@@ -292,6 +372,8 @@ def run_upper(
     windows = hidden.reshape(len(hidden) * config.windows, -1)  # (T*W, G*D)
     features: NDArray[Any] | None = None
     total = sum(group.gather_window.size for group in groups)
+    most = min(total, UPPER_CHUNK * config.windows) * config.patches_per_window
+    unread = runner.zeros((most, _tapped_width(config)), hidden.dtype)
     done = 0
     for group in groups:
         frames, slots = group.gather_window.shape
@@ -299,7 +381,8 @@ def run_upper(
         for start in range(0, frames, step):
             rows = group.gather_window[start : start + step]
             bins = windows[rows].reshape(len(rows), -1, config.hidden_size)  # (m, n*G, D)
-            packed = runner({"bins": bins})["packed_features"]  # (m, n, C)
+            tapped = unread[: bins.shape[0] * bins.shape[1]].reshape(*bins.shape[:2], -1)
+            packed = runner({"bins": bins}, {"tapped": tapped})["packed_features"]  # (m, n, C)
             if features is None:
                 features = np.empty((kept, packed.shape[-1]), packed.dtype)
             target = group.feature_row[start : start + step]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stts_export.errors import InputError
-from stts_export.runtime.resize import resize_frames
+from stts_export.runtime.resize import check_frames, resize_frames
 
 SIDES = st.one_of(st.integers(1, 12), st.integers(13, 200))
 
@@ -44,11 +46,45 @@ def test_equals_torch_bit_for_bit(height, width, new_height, new_width, count, s
     np.testing.assert_array_equal(resize_frames(frames, size), _torch_resize(frames, size))
 
 
-@pytest.mark.parametrize("source", [(1080, 1920), (756, 756), (189, 189), (377, 379), (240, 426)])
+@pytest.mark.parametrize(
+    "source",
+    [
+        (1080, 1920),
+        (1920, 1080),
+        (756, 756),
+        (189, 189),
+        (377, 379),
+        (240, 426),
+        (1, 1),
+        (1, 997),
+        (997, 1),
+        (2, 3),
+        (1499, 2003),
+    ],
+)
 def test_model_size_equals_torch(source):
     frames = _noise(2, *source, 3)
     size = (378, 378)
     np.testing.assert_array_equal(resize_frames(frames, size), _torch_resize(frames, size))
+
+
+@pytest.mark.parametrize("height", [1, 15, 16, 17, 500])
+def test_bands_of_rows_equal_the_whole(height):
+    frames = _noise(2, 333, 127, 3)
+    size = (height, 41)
+    banded = resize_frames(frames, size, reuse=False)
+    np.testing.assert_array_equal(banded, resize_frames(frames, size))
+    np.testing.assert_array_equal(banded, _torch_resize(frames, size))
+
+
+def test_a_picture_that_is_resized_once_needs_no_weights_of_its_size():
+    picture, size = _noise(60, 80, 3), (1400, 1500)
+    tracemalloc.start()
+    try:
+        resize_frames(picture, size, reuse=False)
+        assert tracemalloc.get_traced_memory()[1] < 3 * size[0] * size[1] * 3
+    finally:
+        tracemalloc.stop()
 
 
 def test_layout_of_torchs_input_does_not_matter():
@@ -97,6 +133,19 @@ def test_same_size_is_returned_as_it_is():
 def test_refuses_what_is_not_frames(frames, got):
     with pytest.raises(InputError, match=got):
         resize_frames(frames, (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "allowed"),
+    [
+        ((4,), r"uint8 \(T, height, width, 3\) in RGB"),
+        ((3,), r"uint8 \(height, width, 3\) in RGB"),
+        ((3, 4), r"uint8 \(height, width, 3\) or \(T, height, width, 3\) in RGB"),
+    ],
+)
+def test_the_message_allows_what_is_taken(dimensions, allowed):
+    with pytest.raises(InputError, match=rf"^clip: got uint8 of shape \(5,\)[^$]*{allowed}"):
+        check_frames(np.zeros(5, np.uint8), dimensions=dimensions, where="clip")
 
 
 @pytest.mark.parametrize("size", [(0, 4), (4, -1)])

@@ -50,6 +50,29 @@ def test_times_respect_both_limits(duration, max_frames, max_fps):
     assert (np.diff(times[:-1]) >= 1 / max_fps - 1e-9 * max(1.0, duration)).all()
 
 
+@pytest.mark.parametrize(
+    "duration", [0.0, 1e-3, 0.04, 0.499999, 0.5, 0.500001, 63.5, 7200.0, 90061.3]
+)
+@pytest.mark.parametrize("max_frames", [1, 2, 64, 128, 384])
+def test_rules_of_the_reference(duration, max_frames):
+    """Every half second and the end, or evenly when that is too many (at Molmo2's 2 a second)."""
+    halves = [0.5 * number for number in range(400) if 0.5 * number < duration]
+    expected = [*halves, duration]
+    if (max_frames - 1) / 2 < duration:
+        expected = np.linspace(0.0, duration, max_frames).tolist()
+    assert sample_times(duration, max_frames).tolist() == expected
+
+
+@pytest.mark.parametrize("max_frames", [2, 64, 128, 384])
+def test_the_boundary_between_the_two_rules(max_frames):
+    boundary = (max_frames - 1) / 2
+    grid = [0.5 * number for number in range(max_frames)]
+    assert sample_times(boundary, max_frames).tolist() == grid
+    below, above = np.nextafter(boundary, 0), np.nextafter(boundary, 1e9)
+    assert sample_times(below, max_frames).tolist() == [*grid[:-1], below]
+    assert sample_times(above, max_frames).tolist() == np.linspace(0, above, max_frames).tolist()
+
+
 @given(st.integers(2, 400), st.sampled_from([3.0, 7.0, 10.0, 30.0]))
 def test_a_duration_that_just_fits_never_exceeds_max_frames(max_frames, max_fps):
     assert len(sample_times((max_frames - 1) / max_fps, max_frames, max_fps)) <= max_frames

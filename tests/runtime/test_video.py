@@ -3,10 +3,12 @@ from __future__ import annotations
 import struct
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from stts_export.errors import InputError
 from stts_export.runtime import completeness, demux, frame_index
@@ -309,10 +311,10 @@ def _write_image(path: Path, codec: str, pixels: str) -> Path:
 def test_image(tmp_path, name, codec, pixels):
     path = _write_image(tmp_path / name.replace("%03d", "001"), codec, pixels)
     path = path.rename(tmp_path / name)
-    clip = read_video(path, max_frames=64, size=(32, 48))
+    clip = read_video(path, max_frames=64, size=(32, 48))  # a size is for videos
     assert clip.is_image
     assert clip.timestamps.tolist() == [0.0]
-    assert clip.frames.shape == (1, 32, 48, 3)
+    assert clip.frames.shape == (1, HEIGHT, WIDTH, 3)
     assert clip.source_size == (HEIGHT, WIDTH)
     assert _numbers(clip.frames) == [0]
 
@@ -421,7 +423,74 @@ def test_stream_without_frames(tmp_path):
 def test_broken_image(tmp_path):
     path = _write_image(tmp_path / "one.png", "png", "rgb24")
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(InputError, match=r"one\.png: no frame can be decoded"):
+    with pytest.raises(InputError, match=r"one\.png: the picture is damaged or cut off"):
+        read_video(path, max_frames=8)
+
+
+def _save(path: Path, **options: Any) -> Path:
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("one.jpg", {}),
+        ("one.jpg", {"progressive": True}),
+        ("one.jpg", {"restart_marker_rows": 1}),
+        ("one.gif", {}),
+        ("one.png", {}),
+        ("one.webp", {}),
+        ("one.bmp", {}),
+        ("one.tif", {}),
+    ],
+)
+def test_picture_that_is_cut_off(tmp_path, name, options, share):
+    path = _save(tmp_path / name, **options)
+    assert read_video(path, max_frames=8).is_image
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(InputError, match="cut off") as caught:
+        read_video(path, max_frames=8)
+    assert f"{name}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["one.jpg", "one.gif"])
+def test_picture_without_its_end_mark(tmp_path, name):
+    path = _save(tmp_path / name)
+    content = path.read_bytes()
+    path.write_bytes(content + b"\0\0 and more")
+    assert read_video(path, max_frames=8).is_image
+    path.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=rf"{name}: the picture is cut off"):
+        read_video(path, max_frames=8)
+
+
+def test_animation_that_is_cut_off(tmp_path):
+    path = _encode(tmp_path / "clip.gif", codec="gif", pixels="rgb8")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="cut off"):
+        read_video(path, max_frames=8)
+
+
+def test_the_end_mark_of_a_preview_is_not_that_of_the_picture(tmp_path):
+    path = _save(tmp_path / "one.jpg")
+    content = path.read_bytes()
+    preview = b"\xff\xe1\x00\x08Exif\xff\xd9"
+    path.write_bytes(content[:2] + preview + b"\xff" + content[2:])
+    assert read_video(path, max_frames=8).is_image
+    path.write_bytes(content[:2] + preview + content[2:-2])
+    with pytest.raises(InputError, match=r"one\.jpg: the picture is cut off"):
+        read_video(path, max_frames=8)
+
+
+def test_picture_that_is_damaged(tmp_path):
+    path = _save(tmp_path / "one.jpg")
+    content = path.read_bytes()
+    path.write_bytes(content[:-800] + content[-2:])
+    with pytest.raises(InputError, match=r"one\.jpg: the picture is damaged or cut off"):
         read_video(path, max_frames=8)
 
 
