@@ -7,15 +7,26 @@ from stts_export.errors import (
     SttsError,
     VerificationError,
 )
+from stts_export.runtime.logits import Sampling, TokenLogprob
+from stts_export.runtime.prompt import Subtitle, multiple_choice
 from stts_export.runtime.session import Answer, EncodedClip, Session
+from stts_export.runtime.subtitles import read_subtitles
+from stts_export.runtime.visuals import EncodedImage, VisualSummary
 
 __all__ = [
     "Answer",
     "EncodedClip",
+    "EncodedImage",
     "InputError",
     "MissingDependencyError",
+    "Sampling",
     "Session",
     "SttsError",
+    "Subtitle",
+    "TokenLogprob",
     "VerificationError",
+    "VisualSummary",
     "__version__",
+    "multiple_choice",
+    "read_subtitles",
 ]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from stts_export._version import __version__
 from stts_export.config import ModelConfig
@@ -30,7 +30,7 @@ from stts_export.tensors import (
     graph_specs,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 CONFIG_FOLDER = "config"
 GRAPH_FOLDER = "onnx"
@@ -40,6 +40,11 @@ ONNXRUNTIME = onnxruntime.NAME
 
 WITHOUT_WEIGHTS = (SELECT_PACK, GATHER_WINDOWS)
 """Graphs that have no data file."""
+
+Positions = Literal["compact", "gapped"]
+"""Rotary positions of a prompt without the tokens of removed windows: counted anew from 0, or as
+before removal. New tokens go on after the last either way."""
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 _REBUILD = "build the bundle again with `stts-export build`"
 
@@ -91,6 +96,7 @@ class Manifest:
     """Relative path -> {"size": bytes, "sha256": hex}."""
     stts_export: str = __version__
     schema_version: int = SCHEMA_VERSION
+    positions: Positions = "compact"
 
     def to_json(self) -> str:
         """Serialise, keys sorted, so that equal bundles have equal manifests."""
@@ -183,6 +189,7 @@ def _is_table(value: object) -> bool:
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "has_scorer": ("true or false", lambda value: isinstance(value, bool)),
     "precision": (" or ".join(PRECISIONS), lambda value: value in PRECISIONS),
+    "positions": (" or ".join(POSITIONS), lambda value: value in POSITIONS),
     "limits": ("an object", lambda value: isinstance(value, dict)),
     "graphs": ("an array of names", _is_texts),
     "targets": ("an array of names", _is_names),

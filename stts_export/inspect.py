@@ -29,6 +29,7 @@ def describe(bundle: Path) -> dict[str, Any]:
         "precision": manifest.precision,
         "targets": list(manifest.targets),
         "limits": asdict(manifest.limits),
+        "positions": manifest.positions,
         "prompts": "text or token ids"
         if (opened.folder / CONFIG_FOLDER / "tokenizer.json").exists()
         else "token ids only",
@@ -89,7 +90,8 @@ def describe_text(description: dict[str, Any]) -> str:
         f"for {', '.join(description['targets'])}",
         f"  frames   {size} pixels, {grid} windows each, up to {limits['max_frames']}",
         f"  pruning  {pruning}; ratio {limits['min_prune_ratio']:g} or more",
-        f"  prompts  {description['prompts']}, up to {limits['max_tokens']} tokens",
+        f"  prompts  {description['prompts']}, up to {limits['max_tokens']} tokens; "
+        f"{description['positions']} positions after pruning",
     ]
     for name, graph in description["graphs"].items():
         lines.append(f"  {name} ({readable_size(graph['bytes'])})")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -132,3 +134,37 @@ def prompt_ids(config: ModelConfig, frames: int, seed: int = 0) -> list[int]:
             tokens.frame_end,
         ]
     return ids + [int(token) for token in rng.integers(config.text.vocab_size, size=6)]
+
+
+def write_video(path: Path, frames: int = 8, seed: int = 0) -> Path:
+    """Random pictures of 64 x 96, 8 a second: 8 of them give 3 samples, 4 give 2."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for image in random_frames(frames, (64, 96), seed):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
+    """An image with shapes and noise."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 60, (*size, 3))
+    ramp = np.add.outer(np.arange(size[0]) * 2, np.arange(size[1]))[..., None] % (150 + 9 * seed)
+    return (noise + ramp * np.array([1.0, 0.7, 1.2]) % 196).astype(np.uint8)
+
+
+def image_ids(
+    config: ModelConfig, grids: Sequence[Sequence[int]], seed: int = 0
+) -> NDArray[np.int64]:
+    """A complete sequence about images, as before pruning; grids as in `ImageTokens`."""
+    tokens, rng = config.tokens, np.random.default_rng(seed)
+    ids = [int(rng.integers(config.text.vocab_size))]
+    for low_rows, low_columns, rows, columns in grids:
+        low = [tokens.im_patch] * low_columns + [tokens.im_col]
+        high = [tokens.im_patch] * columns + [tokens.im_col]
+        ids += [tokens.low_res_im_start, *low * low_rows, tokens.im_end]
+        ids += [tokens.im_start, *high * rows, tokens.im_end]
+    text = rng.integers(config.text.vocab_size, size=6)
+    return np.array([*ids, *text.tolist()], dtype=np.int64)

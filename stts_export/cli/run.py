@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from stts_export.cli.common import Arguments, backend_options, stages
 from stts_export.errors import InputError
 
 if TYPE_CHECKING:
-    from stts_export.runtime.session import EncodedClip, Session
+    from stts_export.runtime.logits import Sampling
+    from stts_export.runtime.prompt import Subtitle
+    from stts_export.runtime.session import Answer, Session
     from stts_export.runtime.video import VideoClip
+    from stts_export.runtime.vision import Refill
+    from stts_export.runtime.visuals import Encoded
 
 
 def options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("bundle", type=Path, help="folder written by build")
-    verb.add_argument("video", type=Path, help="video or image file")
+    verb.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="video or image; images come first"
+    )
     prompt = verb.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="the question")
     prompt.add_argument(
@@ -29,10 +37,16 @@ def options(verb: argparse.ArgumentParser) -> None:
         help="JSON array of token ids: the complete sequence as before pruning",
     )  # fmt: skip
     verb.add_argument(
-        "--prune-ratio", type=float, help="fraction of windows to remove; as trained if absent"
-    )
-    verb.add_argument("--max-frames", type=int, help="most frames to sample")
+        "--subtitles", type=Path, metavar="FILE",
+        help="SubRip (.srt) or WebVTT (.vtt) of the video, for prompts about a single one",
+    )  # fmt: skip
+    verb.add_argument(
+        "--prune-ratio", type=float,
+        help="fraction of windows to remove from each video; as trained if absent",
+    )  # fmt: skip
+    verb.add_argument("--max-frames", type=int, help="most frames to sample from each video")
     verb.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (64)")
+    _generation_options(verb)
     verb.add_argument(
         "--refill", choices=("reference", "off"), default="reference",
         help="a frame alone in its bin gets its removed windows back as context (reference) or not",
@@ -40,7 +54,7 @@ def options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--overlay", type=Path, metavar="OUT",
         help="draw kept and removed windows: OUT.mp4 (and a contact sheet OUT.png beside it), "
-        "or OUT.png for the sheet alone",
+        "or OUT.png for the sheet alone; of several files OUT-1, OUT-2 and so on",
     )  # fmt: skip
     backend_options(verb)
     verb.add_argument("--device", help="cpu (default) or cuda; for engines cuda or cuda:N")
@@ -48,11 +62,57 @@ def options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _generation_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--temperature", type=float,
+        help="0 (default) takes the most likely token; above 0 draws, 1 as the model says",
+    )  # fmt: skip
+    verb.add_argument("--top-k", type=int, metavar="N", help="draw from the N most likely tokens")
+    verb.add_argument(
+        "--top-p", type=float, metavar="P",
+        help="draw from the most likely tokens that have P together",
+    )  # fmt: skip
+    verb.add_argument(
+        "--repetition-penalty", type=float, metavar="R",
+        help="above 1 makes tokens of prompt and answer less likely",
+    )  # fmt: skip
+    verb.add_argument("--seed", type=int, help="draw the same again")
+    verb.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end the answer before this text (repeatable)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--logprobs", type=int, default=0, metavar="N",
+        help="report log-probabilities: of each token, and of the N most likely there",
+    )  # fmt: skip
+    verb.add_argument(
+        "--stream", action="store_true",
+        help="print the answer as it comes; to stderr with --json",
+    )  # fmt: skip
+
+
+def _sampling(arguments: Arguments) -> Sampling:
+    from stts_export.runtime.logits import Sampling
+
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("top_k", "top_p", "seed"):
+        if name in given and "temperature" not in given:
+            raise InputError(
+                f"{given[name]} is of no use: the most likely token is taken",
+                where=f"--{name.replace('_', '-')}",
+                fix="add a temperature, such as --temperature 0.7",
+            )
+    return Sampling(**given)
+
+
 def run(arguments: Arguments) -> int:
     from stts_export.runtime.session import Session
 
-    if arguments.overlay:
-        _check_overlay(arguments.overlay, arguments.video)
+    sampling, subtitles = _sampling(arguments), _subtitles(arguments.subtitles)
+    for output in _overlays(arguments):
+        _check_overlay(output, arguments.files)
     prompt = arguments.prompt
     if arguments.prompt_ids:
         prompt = _read_ids(arguments.prompt_ids)
@@ -63,14 +123,17 @@ def run(arguments: Arguments) -> int:
         arguments.threads,
         arguments.plugin,
     ) as session:
-        video, clip, values = _answer(session, prompt, arguments)
+        clips, encoded, values = _answer(session, prompt, sampling, subtitles, arguments)
     if not arguments.json:
-        _print_answer(values)
+        if not arguments.stream:
+            text, ids = values["text"], values["token_ids"]
+            print(text if text is not None else " ".join(map(str, ids)))
+        _print_summary(values)
     written: list[str] = []
     try:
-        if arguments.overlay:
-            grid = session.config.vision.window_grid
-            for path in _write_overlay(arguments.overlay, grid, video, clip):
+        grid = session.config.vision.window_grid
+        for output, video, clip in zip(_overlays(arguments), clips, encoded, strict=False):
+            for path in _write_overlay(output, grid, video, clip):
                 written.append(str(path))
                 if not arguments.json:
                     print(f"wrote {path}")
@@ -81,55 +144,160 @@ def run(arguments: Arguments) -> int:
 
 
 def _answer(
-    session: Session, prompt: str | list[int], arguments: Arguments
-) -> tuple[VideoClip, EncodedClip, dict[str, Any]]:
-    """Read, check, encode, answer; the last value is what `--json` prints."""
+    session: Session,
+    prompt: str | list[int],
+    sampling: Sampling,
+    subtitles: tuple[Subtitle, ...],
+    arguments: Arguments,
+) -> tuple[list[VideoClip], list[Encoded], dict[str, Any]]:
+    """Read, check, encode, answer.
+
+    Returns:
+        The clips if they are to be drawn; what became of each file; what `--json` prints.
+    """
     ratio, limit = arguments.prune_ratio, arguments.max_new_tokens
-    with stages() as report:
-        started = time.perf_counter()
-        video = session.read_video(arguments.video, arguments.max_frames, partial(report, "read"))
-        read_seconds = time.perf_counter() - started
-        session.check_prompt(video, prompt, limit, prune_ratio=ratio)
-        clip = session.encode(video, ratio, refill=arguments.refill, on_progress=report)
-        tokens: list[int] = []
-
-        def on_token(token: int) -> None:
-            tokens.append(token)
-            report("decode", len(tokens), limit)
-
-        answer = session.generate(clip, prompt, limit, on_token=on_token)
-    return video, clip, {**asdict(answer), "timings": {"read": read_seconds, **answer.timings}}
-
-
-def _print_answer(values: Mapping[str, Any]) -> None:
-    text, ids = values["text"], values["token_ids"]
-    print(text if text is not None else " ".join(map(str, ids)))
-    removed = values["note"] or f"prune ratio {values['prune_ratio']:g}"
-    print(
-        f"kept {values['kept_windows']} of {values['total_windows']} windows "
-        f"in {values['frames']} frames ({removed})"
+    stop, logprobs = arguments.stop, arguments.logprobs
+    check = partial(
+        session.check_prompt,
+        prompt=prompt,
+        max_new_tokens=limit,
+        prune_ratio=ratio,
+        subtitles=subtitles,
+        stop=stop,
+        logprobs=logprobs,
     )
+    check(arguments.files)
+    started = time.perf_counter()
+    clips: list[VideoClip] = []
+    for file in arguments.files:
+        with stages() as report:
+            clips.append(session.read_video(file, arguments.max_frames, partial(report, "read")))
+    read_seconds = time.perf_counter() - started
+    if arguments.overlay and all(clip.is_image for clip in clips):
+        raise InputError(
+            "nothing is removed from images, so there is nothing to draw",
+            where=f"--overlay {arguments.overlay}",
+            allowed="videos",
+        )
+    check(clips)
+    drawn = list(clips) if arguments.overlay else []
+    encoded: list[Encoded] = []
+    while clips:  # pixels that are not drawn are not held
+        encoded.append(_encode(session, clips.pop(0), ratio, arguments.refill))
+    ask = partial(
+        session.generate,
+        encoded,
+        prompt,
+        limit,
+        subtitles=subtitles,
+        sampling=sampling,
+        stop=stop,
+        logprobs=logprobs,
+    )
+    if arguments.stream:
+        answer = _stream(ask, session.has_tokenizer, sys.stderr if arguments.json else sys.stdout)
+    else:
+        tokens = count(1)
+        with stages() as report:
+            answer = ask(on_token=lambda _: report("decode", next(tokens), limit))
+    values = {**asdict(answer), "timings": {"read": read_seconds, **answer.timings}}
+    summaries = zip(arguments.files, values.pop("visuals"), strict=True)
+    values["inputs"] = [{"file": str(file), **summary} for file, summary in summaries]
+    return drawn, encoded, values
+
+
+def _encode(session: Session, clip: VideoClip, ratio: float | None, refill: Refill) -> Encoded:
+    with stages() as report:
+        if clip.is_image:
+            return session.encode_image(clip, on_progress=report)
+        return session.encode(clip, ratio, refill=refill, on_progress=report)
+
+
+def _subtitles(path: Path | None) -> tuple[Subtitle, ...]:
+    if path is None:
+        return ()
+    from stts_export.runtime.subtitles import read_subtitles
+
+    return read_subtitles(path)
+
+
+def _stream(ask: Callable[..., Answer], has_tokenizer: bool, file: TextIO) -> Answer:
+    """Print an answer, or its ids, as it comes."""
+
+    def show(piece: str) -> None:
+        file.write(piece)
+        file.flush()
+
+    try:
+        if has_tokenizer:
+            return ask(on_text=show)
+        return ask(on_token=lambda token: show(f"{token} "))
+    finally:
+        show("\n")
+
+
+def _print_summary(values: Mapping[str, Any]) -> None:
+    for entry in values["logprobs"] or ():
+        top = ", ".join(f"{_token(other)} {other['logprob']:.3f}" for other in entry["top"])
+        print(f"{entry['logprob']:8.3f} {_token(entry)}; most likely {top}")
+    inputs = values["inputs"]
+    for entry in inputs:
+        name = f"{entry['file']}: " if len(inputs) > 1 else ""
+        if entry["kind"] == "image":
+            seen = f"{entry['kept_windows']} tokens from {entry['frames']} crops ({entry['note']})"
+            print(f"{name}{seen}")
+        else:
+            print(f"{name}{_kept(entry)}")
+    if sum(entry["kind"] == "video" for entry in inputs) > 1:
+        print(f"all videos: {_kept(values)}")
     stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in values["timings"].items())
     print(f"seconds: {stages}", flush=True)
 
 
-def _check_overlay(output: Path, video: Path) -> None:
-    """Refuse, before any work, names that cannot be written or that are the input."""
+def _token(entry: Mapping[str, Any]) -> str:
+    return str(entry["token_id"]) if entry["text"] is None else repr(entry["text"])
+
+
+def _kept(values: Mapping[str, Any]) -> str:
+    removed = values["note"] or f"prune ratio {values['prune_ratio']:g}"
+    return (
+        f"kept {values['kept_windows']} of {values['total_windows']} windows "
+        f"in {values['frames']} frames ({removed})"
+    )
+
+
+def _overlays(arguments: Arguments) -> list[Path]:
+    """Name of each file's picture; none without `--overlay`."""
+    output: Path | None = arguments.overlay
+    if output is None:
+        return []
+    if len(arguments.files) == 1:
+        return [output]
+    numbers = range(1, len(arguments.files) + 1)
+    return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in numbers]
+
+
+def _check_overlay(output: Path, files: Sequence[Path]) -> None:
+    """Refuse, before any work, names that cannot be written or that are an input."""
     from stts_export.runtime.writing import check_not_source, check_writable
 
     check_writable(output, (".mp4", ".png"))
     for path in (output, output.with_suffix(".png")):
         check_writable(path, (path.suffix.lower(),))
-        check_not_source(path, video)
+        for file in files:
+            check_not_source(path, file)
 
 
 def _write_overlay(
-    output: Path, grid: tuple[int, int], video: VideoClip, clip: EncodedClip
+    output: Path, grid: tuple[int, int], video: VideoClip, clip: Encoded
 ) -> Iterator[Path]:
-    """Draw, and yield the name of every file that is finished."""
+    """Draw a video, and yield the name of every file that is finished."""
     from stts_export.runtime.overlay import write_contact_sheet, write_overlay
+    from stts_export.runtime.visuals import EncodedImage
 
-    if output.suffix.lower() == ".mp4" and not video.is_image:
+    if isinstance(clip, EncodedImage):
+        return
+    if output.suffix.lower() == ".mp4":
         with stages() as report:
             write_overlay(
                 output, video.source, clip.keep, grid, clip.timestamps,

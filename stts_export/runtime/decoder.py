@@ -1,4 +1,4 @@
-"""Greedy decoding with a KV cache that is updated where it lies.
+"""Decoding with a KV cache that is updated where it lies.
 
 Axes: L prompt tokens, K feature rows, C width, V vocabulary.
 """
@@ -15,6 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
+from stts_export.runtime.answer_text import AnswerText
+from stts_export.runtime.logits import Sampling, TokenChooser, TokenLogprob, log_probabilities
 from stts_export.tensors import ACTIVATION, Precision, past_names, present_names
 
 OnToken = Callable[[int], None]
@@ -62,10 +64,13 @@ class Continuation:
     """New tokens and what they cost."""
 
     token_ids: list[int]
+    """Without the one that ends an answer; with those that spell a stop string."""
     finish_reason: str
-    """"stop" when the model ended its answer, "length" when the limit did."""
+    """"stop" when the model or a stop string ended the answer, "length" when the limit did."""
     prefill_seconds: float
     decode_seconds: float
+    logprobs: list[TokenLogprob] | None = None
+    """One per token; None when not asked for."""
 
 
 class KVCache:
@@ -124,9 +129,13 @@ def generate(
     *,
     max_new_tokens: int,
     eos_ids: Collection[int],
+    positions: NDArray[np.int64] | None = None,
+    sampling: Sampling | None = None,
+    logprobs: int = 0,
+    text: AnswerText | None = None,
     on_token: OnToken | None = None,
 ) -> Continuation:
-    """Continue a sequence by the most likely token until the answer ends.
+    """Continue a sequence token by token until the answer ends.
 
     Args:
         runner: the `decoder` graph.
@@ -137,24 +146,43 @@ def generate(
         features: (K, C), one row per `<im_patch>`; a zero row when there is none.
         max_new_tokens: upper limit, 1 or more.
         eos_ids: tokens that end the answer; the one that does is not part of the result.
+        positions: (L,) rotary positions of the prompt, 0, 1, ... when None; new tokens go on after
+            the last of them.
+        sampling: how tokens are chosen; the most likely ones when None.
+        logprobs: how many of the most likely tokens to report beside each chosen one; 0: none.
+        text: gets the tokens, and may end the answer.
         on_token: called with every new token as it is chosen.
     """
     cache = KVCache(runner, config, precision, len(ids) + max_new_tokens)
+    if positions is None:
+        positions = np.arange(len(ids))
+    choose = TokenChooser(sampling or Sampling(), ids)
     started = time.perf_counter()
-    token = int(step(runner, cache, ids, groups, features).argmax())
+    logits = step(runner, cache, ids, groups, features, positions)
+    token = choose(logits)
     prefilled = time.perf_counter()
     no_group = np.array([-1], dtype=np.int32)
     no_features = np.zeros((1, features.shape[1]), features.dtype)
     new: list[int] = []
+    reported: list[TokenLogprob] = []
+    text_ends = False
     while token not in eos_ids:
         new.append(token)
+        if logprobs:
+            reported.append(log_probabilities(logits, token, logprobs))
         if on_token:
             on_token(token)
-        if len(new) == max_new_tokens:
+        text_ends = text is not None and text.ends(new)
+        if text_ends or len(new) == max_new_tokens:
             break
-        token = int(step(runner, cache, np.array([token]), no_group, no_features).argmax())
-    reason = "stop" if token in eos_ids else "length"
-    return Continuation(new, reason, prefilled - started, time.perf_counter() - prefilled)
+        position = positions[-1:] + len(new)
+        logits = step(runner, cache, np.array([token]), no_group, no_features, position)
+        token = choose(logits)
+    if text is not None and not text_ends:
+        text_ends = text.finish(new)
+    reason = "stop" if text_ends or token in eos_ids else "length"
+    seconds = prefilled - started, time.perf_counter() - prefilled
+    return Continuation(new, reason, *seconds, reported if logprobs else None)
 
 
 def step(
@@ -163,6 +191,7 @@ def step(
     ids: NDArray[np.int64],
     groups: NDArray[np.int32],
     features: NDArray[Any],
+    positions: NDArray[np.int64],
 ) -> NDArray[np.float32]:
     """Feed tokens and update the cache; arguments as in `generate`.
 
@@ -176,6 +205,7 @@ def step(
         "input_ids": ids[None],
         "features": np.ascontiguousarray(features),
         "visual_group": groups[None],
+        "position_ids": positions.astype(np.int64)[None],
         "cache_position": np.array([cache.length], dtype=np.int64),
     }
     outputs = runner({**inputs, **cache.past}, cache.present)

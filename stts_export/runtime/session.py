@@ -1,9 +1,9 @@
-"""Opening a bundle and asking it about video."""
+"""Opening a bundle and asking it about videos and images."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,79 +16,77 @@ from stts_export.bundle import CONFIG_FOLDER, Bundle
 from stts_export.config import ModelConfig
 from stts_export.engines import cuda, onnxruntime
 from stts_export.engines.cuda import DeviceArray
-from stts_export.engines.runner import BACKENDS, Engines, backend_of, open_engines
+from stts_export.engines.library import ENGINE_BACKENDS
+from stts_export.engines.runner import Engines, backend_of, open_engines
 from stts_export.errors import InputError, SttsError
+from stts_export.preprocessing import image_preprocessing
 from stts_export.runtime import decoder, planner, vision
+from stts_export.runtime.answer_text import AnswerText, OnText, check_stop
+from stts_export.runtime.arguments import (
+    as_array,
+    as_integer,
+    as_keep_mask,
+    as_ratio,
+    as_timestamps,
+    host_array,
+    is_text,
+    too_many_frames,
+)
+from stts_export.runtime.images import image_crops, image_grid
+from stts_export.runtime.logits import Sampling, TokenLogprob, check_sampling, with_text
 from stts_export.runtime.prompt import (
     Conversation,
+    ImageTokens,
     PromptBuilder,
+    Subtitle,
+    VideoTokens,
+    check_order,
     check_question,
-    keep_tokens,
+    kept_positions,
     visual_groups,
 )
 from stts_export.runtime.resize import check_frames, resize_frames
 from stts_export.runtime.tokenizer import eos_ids_of
 from stts_export.runtime.video import Progress, VideoClip, read_video
+from stts_export.runtime.visuals import (
+    ClipRequest,
+    Encoded,
+    EncodedImage,
+    ImageRequest,
+    Request,
+    VisualSummary,
+    added_timings,
+    as_list,
+    check_encoded,
+    check_settings,
+    summary,
+    totals,
+    with_subtitles,
+)
+from stts_export.runtime.visuals import EncodedClip as EncodedClip
 from stts_export.tensors import (
+    ACTIVATION,
+    CONNECTOR,
     DECODER,
     GATHER_WINDOWS,
+    IMAGE_POOL,
+    LOWER_CHUNK,
     SELECT_PACK,
+    SPLIT,
     VISION_LOWER,
     VISION_UPPER,
     VISION_UPPER_FRAMES,
+    variant,
 )
-
-DEFAULT_FPS = 2.0
-"""Frames per second assumed for arrays without timestamps: the model's own sampling rate."""
 
 Frames = Any
 """uint8 (T, H, W, 3) RGB: a NumPy array, a list of T frames, or anything with `__dlpack__` or
 `__cuda_array_interface__`."""
+Image = Any
+"""uint8 (height, width, 3) RGB: a NumPy array, or anything on the host with `__dlpack__`."""
+Visual = EncodedClip | EncodedImage | VideoClip | Frames | str | Path
+"""What a prompt is about; a path names a video or an image."""
 TokenSequence = Sequence[int] | NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A clip to encode, checked."""
-
-    frames: NDArray[np.uint8] | DeviceArray
-    timestamps: NDArray[np.float64]
-    prune_ratio: float
-    count: int
-    """Windows to remove."""
-    keep: NDArray[np.bool_] | None
-    """Decides in place of the scores."""
-    note: str | None
-    """Why nothing will be removed, or None when something will."""
-
-
-@dataclass(frozen=True)
-class EncodedClip:
-    """The vision side of a clip, ready for any number of questions."""
-
-    scores: NDArray[np.float32] | None
-    """(T, W) in (0, 1), high = important; None when the model has no scorer."""
-    keep: NDArray[np.bool_]
-    """(T, W): windows that survived."""
-    features: NDArray[Any]
-    """(K, C), frame-major, in the bundle's type."""
-    timestamps: NDArray[np.float64]
-    """(T,) seconds."""
-    prune_ratio: float
-    note: str | None
-    """Why nothing was removed, or None when something was."""
-    timings: dict[str, float]
-    """Seconds per stage."""
-
-    @property
-    def kept_windows(self) -> int:
-        """K: windows that survived."""
-        return len(self.features)
-
-    @property
-    def total_windows(self) -> int:
-        """T * W: windows of the clip."""
-        return self.keep.size
 
 
 @dataclass(frozen=True)
@@ -96,18 +94,26 @@ class Answer:
     """What the model said, and what it cost."""
 
     text: str | None
-    """None when the bundle has no tokenizer."""
+    """Ends before a stop string. None when the bundle has no tokenizer."""
     token_ids: list[int]
+    """All that were chosen, with those that spell a stop string; without the one by which the
+    model ended its answer."""
     finish_reason: str
-    """"stop" when the model ended its answer, "length" when max_new_tokens did."""
+    """"stop" when the model or a stop string ended the answer, "length" when max_new_tokens did."""
     frames: int
+    """Sampled frames of all videos. Images are not counted, here and in the next three."""
     kept_windows: int
     total_windows: int
     prune_ratio: float
+    """Of all videos; where they differ, the fraction of their windows that was removed."""
     note: str | None
-    """Why nothing was removed, or None when something was."""
+    """Why nothing was removed, also from images; None when something was."""
+    visuals: tuple[VisualSummary, ...]
+    """What became of each video and image, in the order of the prompt."""
     timings: dict[str, float]
     """Seconds per stage."""
+    logprobs: list[TokenLogprob] | None = None
+    """One per token; None when not asked for."""
 
 
 class Session:
@@ -119,6 +125,7 @@ class Session:
         runners: dict[str, decoder.Runner],
         prompts: PromptBuilder | None,
         engines: Engines | None = None,
+        open_graph: Callable[[str], decoder.Runner] | None = None,
     ) -> None:
         self.bundle = bundle
         self.runners = runners
@@ -126,7 +133,11 @@ class Session:
         self.backend = engines.backend if engines else onnxruntime.NAME
         """What runs the graphs."""
         self._engines = engines
+        self._open_graph = open_graph
+        """For graphs that most sessions do not need; None when all are there from the start."""
         self._prompts = prompts
+        folder = bundle.folder / CONFIG_FOLDER
+        self._images = image_preprocessing(folder, bundle.config.vision)
         self._vocabulary = bundle.config.text.vocab_size + bundle.config.text.additional_vocab_size
         self._eos_ids = (
             prompts.eos_token_ids
@@ -168,11 +179,13 @@ class Session:
                 raise InputError(
                     f"plugin {plugin}", where=chosen, allowed="plugins of tensorrt only"
                 )
-            runners: dict[str, decoder.Runner] = {
-                name: onnxruntime.open_graph(opened.graph(name), device=device, threads=threads)
-                for name in (VISION_LOWER, VISION_UPPER_FRAMES, DECODER)
-            }
-            return Session(opened, runners, prompts)
+
+            def open_graph(name: str) -> decoder.Runner:
+                return onnxruntime.open_graph(opened.graph(name), device=device, threads=threads)
+
+            runners = {name: open_graph(name) for name in (VISION_LOWER, VISION_UPPER_FRAMES)}
+            runners[DECODER] = open_graph(variant(DECODER, SPLIT))
+            return Session(opened, runners, prompts, open_graph=open_graph)
         try:
             engines = open_engines(
                 opened.folder,
@@ -204,6 +217,7 @@ class Session:
     def close(self) -> None:
         """Release graphs and memory; the session cannot be used afterwards."""
         self.runners = {}
+        self._open_graph = None
         if self._engines is not None:
             self._engines.close()
             self._engines = None
@@ -214,6 +228,11 @@ class Session:
         return self._eos_ids
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether prompts may be text and answers have one, not token ids only."""
+        return self._prompts is not None
+
+    @property
     def config(self) -> ModelConfig:
         """The model's configuration."""
         return self.bundle.config
@@ -221,16 +240,15 @@ class Session:
     def read_video(
         self, path: str | Path, max_frames: int | None = None, on_progress: Progress | None = None
     ) -> VideoClip:
-        """Sample a video file at the model's size; see `runtime.video.read_video`."""
+        """Sample a video file at the model's size; see `runtime.video.read_video`.
+
+        An image keeps its own size, and is for `encode_image`.
+        """
         self._check_open()
-        limits = self.bundle.manifest.limits
-        frames = limits.max_frames if max_frames is None else _integer(max_frames, "max_frames")
-        if frames > limits.max_frames:
-            raise _too_many_frames(frames, limits.max_frames)
         return read_video(
             path,
-            max_frames=frames,
-            max_fps=limits.max_fps,
+            max_frames=self._frame_limit(max_frames),
+            max_fps=self.bundle.manifest.limits.max_fps,
             size=self.config.vision.image_size,
             on_progress=on_progress,
         )
@@ -262,10 +280,9 @@ class Session:
             on_progress: called with (stage, done, total) as chunks finish.
 
         Raises:
-            InputError: wrong shape or type, too many frames, a ratio outside the limits.
+            InputError: wrong shape or type, too many frames, a ratio outside the limits, an image.
         """
         self._check_open()
-        started = time.perf_counter()
         if refill not in get_args(vision.Refill):
             raise InputError(
                 f"refill is {refill!r}",
@@ -273,6 +290,333 @@ class Session:
                 allowed=" or ".join(get_args(vision.Refill)),
             )
         request = self._request(frames, prune_ratio, timestamps, keep)
+        return self._encode_clip(request, refill, on_progress)
+
+    def encode_image(
+        self,
+        image: Image | VideoClip | str | Path,
+        *,
+        on_progress: vision.OnProgress | None = None,
+    ) -> EncodedImage:
+        """Run the vision side on one image: the whole picture, and overlapping crops of it.
+
+        Nothing is ever removed from an image.
+
+        Args:
+            image: uint8 (height, width, 3) RGB at any size, on the host; what `read_video` returned
+                for an image file; or the file.
+            on_progress: called with (stage, done, total) as chunks of crops finish.
+
+        Raises:
+            InputError: no image, or the model's size cannot be cut into the crops that its
+                `preprocessor_config.json` asks for.
+        """
+        self._check_open()
+        if isinstance(image, (str, Path)):
+            image = self.read_video(image)
+        return self._encode_image(self._image_request(image), on_progress)
+
+    def generate(
+        self,
+        clip: Visual | Sequence[Visual],
+        prompt: Conversation | TokenSequence,
+        max_new_tokens: int = 64,
+        *,
+        prune_ratio: float | None = None,
+        max_frames: int | None = None,
+        subtitles: Sequence[Subtitle] = (),
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int = 0,
+        on_token: decoder.OnToken | None = None,
+        on_text: OnText | None = None,
+    ) -> Answer:
+        """Answer a question about a clip, an image, or several of them.
+
+        Args:
+            clip: a clip or image that is encoded (encode once, ask many), frames, or a video or
+                image file; or a list of these in the order of the prompt. Each video is pruned
+                and packed alone. A list of pictures is the frames of one clip, an empty list is
+                for a prompt of text alone.
+            prompt: a question, turns, each (role, text) or {"role": role, "content": text}, or
+                token ids: the complete sequence as before pruning, one `im_patch` id per window of
+                a video and token of an image.
+            max_new_tokens: upper limit of the answer's length.
+            prune_ratio: see `encode`; for clips that are not encoded yet, each by itself.
+            max_frames: upper limit of sampled frames; for each video file.
+            subtitles: of the one video that the prompt is about, a question or turns.
+            sampling: how tokens are chosen. The most likely ones when None, whatever the
+                checkpoint's `generation_config.json` says, so that answers repeat.
+            stop: texts that end the answer, which does not contain them.
+            logprobs: how many of the most likely tokens to report beside each chosen one; 0: none.
+                They are of the model's own distribution, before penalty and temperature.
+            on_token: called with every new token id.
+            on_text: called with pieces of the answer's text, which they make up, as they become
+                final: not within a character, and not what may still become a stop string.
+
+        Raises:
+            InputError: the prompt does not fit the clip or the model, or the clip is at fault.
+        """
+        self._check_open()
+        sampling = check_sampling(sampling)
+        max_new_tokens = as_integer(max_new_tokens, "max_new_tokens")
+        logprobs = as_integer(logprobs, "logprobs", least=0)
+        text = self._answer_text(stop, on_text)
+        visuals = self._visuals(clip, prompt, prune_ratio, max_frames, subtitles)
+        ready = self._prepare(visuals, prompt, max_new_tokens, prune_ratio, max_frames, subtitles)
+        out = decoder.generate(
+            self.runners[DECODER],
+            self.config,
+            self.bundle.manifest.precision,
+            ready.ids,
+            visual_groups(ready.ids, self.config.tokens.visual),
+            self._features(ready.encoded),
+            max_new_tokens=max_new_tokens,
+            eos_ids=self._eos_ids,
+            positions=ready.positions,
+            sampling=sampling,
+            logprobs=logprobs,
+            text=text,
+            on_token=on_token,
+        )
+        return self._answer(ready.encoded, out, text, ready.timings)
+
+    def check_prompt(
+        self,
+        clip: Visual | Sequence[Visual],
+        prompt: Conversation | TokenSequence,
+        max_new_tokens: int = 64,
+        *,
+        prune_ratio: float | None = None,
+        subtitles: Sequence[Subtitle] = (),
+        stop: str | Sequence[str] = (),
+        logprobs: int = 0,
+    ) -> None:
+        """Refuse, before the work of encoding a clip, what `generate` would refuse after it.
+
+        Args:
+            clip: as for `generate`. Files are not read: with one among them only what hangs on none
+                is checked.
+            prompt: as for `generate`.
+            max_new_tokens: as for `generate`.
+            prune_ratio: as for `encode`.
+            subtitles: as for `generate`.
+            stop: as for `generate`.
+            logprobs: as for `generate`.
+
+        Raises:
+            InputError: the prompt does not fit the clip or the model, or the clip is at fault.
+        """
+        self._check_open()
+        max_new_tokens = as_integer(max_new_tokens, "max_new_tokens")
+        as_integer(logprobs, "logprobs", least=0)
+        self._answer_text(stop)
+        visuals = self._visuals(clip, prompt, prune_ratio, None, subtitles)
+        if any(map(_is_file, visuals)):
+            return
+        requests = self._requests(visuals, prune_ratio)
+        self._check_requests(requests, prompt, max_new_tokens, subtitles)
+
+    def next_token_logits(
+        self,
+        clip: Visual | Sequence[Visual],
+        prompt: Conversation | TokenSequence,
+        *,
+        prune_ratio: float | None = None,
+        max_frames: int | None = None,
+        subtitles: Sequence[Subtitle] = (),
+    ) -> NDArray[np.float32]:
+        """Logits (V,) of the first token of an answer, for scoring choices or comparing models.
+
+        Args:
+            clip: as for `generate`.
+            prompt: as for `generate`.
+            prune_ratio: as for `generate`.
+            max_frames: as for `generate`.
+            subtitles: as for `generate`.
+
+        Raises:
+            InputError: the prompt does not fit the clip or the model, or the clip is at fault.
+        """
+        self._check_open()
+        visuals = self._visuals(clip, prompt, prune_ratio, max_frames, subtitles)
+        ready = self._prepare(visuals, prompt, 0, prune_ratio, max_frames, subtitles)
+        ids, runner = ready.ids, self.runners[DECODER]
+        cache = decoder.KVCache(runner, self.config, self.bundle.manifest.precision, len(ids))
+        groups = visual_groups(ids, self.config.tokens.visual)
+        features = self._features(ready.encoded)
+        return decoder.step(runner, cache, ids, groups, features, ready.positions)
+
+    def _vision_runners(self) -> vision.Runners:
+        get = self.runners.get
+        return vision.Runners(
+            self.runners[VISION_LOWER],
+            upper_frames=get(VISION_UPPER_FRAMES),
+            upper=get(VISION_UPPER),
+            select_pack=get(SELECT_PACK),
+            gather_windows=get(GATHER_WINDOWS),
+            connector=get(CONNECTOR),
+        )
+
+    def _check_open(self) -> None:
+        if not self.runners:
+            raise InputError(
+                "the session is closed",
+                where=str(self.bundle.folder),
+                fix="open the bundle again, and use the session within its `with` block",
+            )
+
+    def _answer_text(
+        self, stop: str | Sequence[str], on_text: OnText | None = None
+    ) -> AnswerText | None:
+        """Return what makes the text of an answer, or None without a tokenizer."""
+        stops = check_stop(stop)
+        if self._prompts is not None:
+            self._prompts.check_stop(stops)
+            return AnswerText(self._prompts.decode, stops, on_text)
+        if stops or on_text:
+            raise InputError(
+                f"{'stop' if stops else 'on_text'} needs text, but the checkpoint came without a "
+                "tokenizer",
+                where=str(self.bundle.folder),
+                allowed="on_token, which gets token ids",
+                fix="add tokenizer.json to the checkpoint folder and build again",
+            )
+        return None
+
+    def _answer(
+        self,
+        encoded: Sequence[Encoded],
+        out: decoder.Continuation,
+        text: AnswerText | None,
+        timings: dict[str, float],
+    ) -> Answer:
+        logprobs = out.logprobs
+        if logprobs is not None and self._prompts is not None:
+            logprobs = [with_text(entry, self._prompts.decode) for entry in logprobs]
+        visuals = tuple(map(summary, encoded))
+        videos = totals(visuals)
+        return Answer(
+            text=text.text if text else None,
+            token_ids=out.token_ids,
+            finish_reason=out.finish_reason,
+            frames=videos.frames,
+            kept_windows=videos.kept_windows,
+            total_windows=videos.total_windows,
+            prune_ratio=videos.prune_ratio,
+            note=videos.note,
+            visuals=visuals,
+            timings={
+                **added_timings([timings, *(visual.timings for visual in encoded)]),
+                "prefill": out.prefill_seconds,
+                "decode": out.decode_seconds,
+            },
+            logprobs=logprobs,
+        )
+
+    def _visuals(
+        self,
+        clip: Visual | Sequence[Visual],
+        prompt: Conversation | TokenSequence,
+        prune_ratio: float | None,
+        max_frames: int | None,
+        subtitles: Sequence[Subtitle],
+    ) -> list[Any]:
+        """Split what a prompt is about; check what can be before files are read."""
+        visuals = as_list(clip)
+        if prune_ratio is not None:  # of no effect on images, but not to be nonsense there
+            planner.n_prune(self.config.vision.windows, 1, as_ratio(prune_ratio))
+        if max_frames is not None:
+            self._frame_limit(max_frames)
+        check_settings(visuals, prune_ratio, max_frames)
+        if any(map(_is_file, visuals)):
+            unread = VideoTokens(np.zeros(1), self.config.vision.windows)
+            self._token_ids(prompt, [unread] * len(visuals), subtitles)
+        return visuals
+
+    def _frame_limit(self, max_frames: int | None) -> int:
+        limit = self.bundle.manifest.limits.max_frames
+        frames = limit if max_frames is None else as_integer(max_frames, "max_frames")
+        if frames > limit:
+            raise too_many_frames(frames, limit)
+        return frames
+
+    def _prepare(
+        self,
+        visuals: list[Any],
+        prompt: Conversation | TokenSequence,
+        max_new_tokens: int,
+        prune_ratio: float | None,
+        max_frames: int | None,
+        subtitles: Sequence[Subtitle],
+    ) -> _Ready:
+        """Read files, check all, encode one after the other; empties `visuals`."""
+        timings: dict[str, float] = {}
+        for index, visual in enumerate(visuals):
+            if _is_file(visual):
+                started = time.perf_counter()
+                visuals[index] = self.read_video(visual, max_frames)
+                timings["read"] = timings.get("read", 0.0) + time.perf_counter() - started
+        requests = self._requests(visuals, prune_ratio)
+        self._check_requests(requests, prompt, max_new_tokens, subtitles)
+        visuals.clear()
+        encoded: list[Encoded] = []
+        while requests:  # the pixels of one that is encoded are not held
+            encoded.append(self._encoded(requests.pop(0)))
+        ids, positions = self._compact_ids(prompt, encoded, max_new_tokens, subtitles)
+        return _Ready(encoded, ids, positions, timings)
+
+    def _requests(self, visuals: Sequence[Any], prune_ratio: float | None) -> list[Request]:
+        """Check what is to be encoded, and what is encoded already."""
+        config, dtype = self.config, ACTIVATION[self.bundle.manifest.precision]
+        requests: list[Request] = []
+        for visual in visuals:
+            if isinstance(visual, (EncodedClip, EncodedImage)):
+                check_encoded(visual, config.vision.windows, config.text.hidden_size, dtype)
+                requests.append(visual)
+            elif isinstance(visual, VideoClip) and visual.is_image:
+                requests.append(self._image_request(visual))
+            else:
+                requests.append(self._request(visual, prune_ratio, None, None))
+        return requests
+
+    def _check_requests(
+        self,
+        requests: Sequence[Request],
+        prompt: Conversation | TokenSequence,
+        max_new_tokens: int,
+        subtitles: Sequence[Subtitle],
+    ) -> None:
+        """Check the prompt's length and its window tokens before anything is encoded."""
+        ids = self._token_ids(prompt, [request.tokens for request in requests], subtitles)
+        total = removed = 0
+        for request in requests:
+            if isinstance(request, (EncodedClip, EncodedImage)):
+                total += request.keep.size
+                removed += request.keep.size - len(request.features)
+            else:
+                total += request.total
+                removed += request.count
+        kept_positions(ids, np.ones(total, dtype=np.bool_), self.config.tokens.im_patch)
+        check_order(ids, [request.tokens for request in requests], self.config.tokens.im_patch)
+        has_video = any(isinstance(request, (EncodedClip, ClipRequest)) for request in requests)
+        prompt_tokens, kept = len(ids) - removed, total - removed
+        self._check_length(prompt_tokens, max_new_tokens, kept, len(ids), has_video)
+
+    def _encoded(self, request: Request) -> Encoded:
+        if isinstance(request, ClipRequest):
+            return self._encode_clip(request, "reference", None)
+        if isinstance(request, ImageRequest):
+            return self._encode_image(request, None)
+        return request
+
+    def _encode_clip(
+        self,
+        request: ClipRequest,
+        refill: vision.Refill,
+        on_progress: vision.OnProgress | None,
+    ) -> EncodedClip:
+        started = time.perf_counter()
         sized: NDArray[np.uint8] | DeviceArray = request.frames
         if isinstance(sized, np.ndarray):
             sized = resize_frames(sized, self.config.vision.image_size)
@@ -284,10 +628,9 @@ class Session:
             sized,
             request.count,
             refill=refill,
-            keep=request.keep,
+            keep=request.mask,
             on_progress=on_progress,
         )
-        timings = {"resize": resized - started, **out.timings}
         return EncodedClip(
             scores=out.scores,
             keep=out.keep,
@@ -295,137 +638,57 @@ class Session:
             timestamps=request.timestamps,
             prune_ratio=request.prune_ratio,
             note=request.note,
-            timings=timings,
+            timings={"resize": resized - started, **out.timings},
         )
 
-    def generate(
-        self,
-        clip: EncodedClip | VideoClip | Frames | str | Path,
-        prompt: Conversation | TokenSequence,
-        max_new_tokens: int = 64,
-        *,
-        prune_ratio: float | None = None,
-        max_frames: int | None = None,
-        on_token: decoder.OnToken | None = None,
-    ) -> Answer:
-        """Answer a question about a clip.
+    def _image_request(self, image: object) -> ImageRequest:
+        """Check an image."""
+        if isinstance(image, VideoClip):
+            if not image.is_image:
+                raise InputError(
+                    "is a video", where=image.source, allowed="an image", fix="use `encode`"
+                )
+            image = image.frames[0]
+        pixels = host_array(image, "image", "uint8 (height, width, 3) in RGB order")
+        return ImageRequest(pixels, image_grid(pixels, **self._cutting()))
 
-        Args:
-            clip: an encoded clip (encode once, ask many), frames, or a video file.
-            prompt: a question, (role, text) turns, or token ids: the complete sequence as before
-                pruning, one `im_patch` id per window.
-            max_new_tokens: upper limit of the answer's length.
-            prune_ratio: see `encode`; for clips that are not encoded yet.
-            max_frames: upper limit of sampled frames; for a video file.
-            on_token: called with every new token id.
+    def _cutting(self) -> dict[str, Any]:
+        """How images are cut, as arguments of `image_crops`."""
+        return {
+            "size": self.config.vision.image_size,
+            "patch_size": self.config.vision.patch_size,
+            "max_crops": self._images.max_crops,
+            "overlap_margins": self._images.overlap_margins,
+            "pool": IMAGE_POOL,
+        }
 
-        Raises:
-            InputError: the prompt does not fit the clip or the model, or the clip is at fault.
-        """
-        self._check_open()
-        _check_settings(clip, prune_ratio, max_frames)
-        max_new_tokens = _integer(max_new_tokens, "max_new_tokens")
-        timings: dict[str, float] = {}
-        if isinstance(clip, (str, Path)):
-            started = time.perf_counter()
-            clip = self.read_video(clip, max_frames)
-            timings["read"] = time.perf_counter() - started
-        if not isinstance(clip, EncodedClip):
-            self.check_prompt(clip, prompt, max_new_tokens, prune_ratio=prune_ratio)
-            clip = self.encode(clip, prune_ratio)
-        ids = self._compact_ids(prompt, clip, max_new_tokens)
-        out = decoder.generate(
-            self.runners[DECODER],
-            self.config,
+    def _encode_image(
+        self, request: ImageRequest, on_progress: vision.OnProgress | None
+    ) -> EncodedImage:
+        if self._open_graph is not None and CONNECTOR not in self.runners:
+            self.runners[CONNECTOR] = self._open_graph(CONNECTOR)
+        started = time.perf_counter()
+        cut = image_crops(request.image, **self._cutting())
+        seconds = time.perf_counter() - started
+        features, timings = vision.encode_image(
+            self._vision_runners(),
+            self.config.vision,
             self.bundle.manifest.precision,
-            ids,
-            visual_groups(ids, self.config.tokens.visual),
-            clip.features,
-            max_new_tokens=max_new_tokens,
-            eos_ids=self._eos_ids,
-            on_token=on_token,
+            cut.crops,
+            cut.pooled_patches,
+            width=self.config.text.hidden_size,
+            chunk=min(LOWER_CHUNK, self.bundle.manifest.limits.max_frames),
+            on_progress=on_progress,
         )
-        return self._answer(clip, out, timings)
+        timings = {"resize": seconds, **timings}
+        return EncodedImage(features, cut.grid, len(cut.crops), timings)
 
-    def check_prompt(
-        self,
-        clip: VideoClip | Frames,
-        prompt: Conversation | TokenSequence,
-        max_new_tokens: int = 64,
-        *,
-        prune_ratio: float | None = None,
-    ) -> None:
-        """Refuse, before the work of encoding a clip, what `generate` would refuse after it.
-
-        Args:
-            clip: as for `encode`.
-            prompt: as for `generate`.
-            max_new_tokens: as for `generate`.
-            prune_ratio: as for `encode`.
-
-        Raises:
-            InputError: the prompt does not fit the clip or the model, or the clip is at fault.
-        """
-        self._check_open()
-        max_new_tokens = _integer(max_new_tokens, "max_new_tokens")
-        request = self._request(clip, prune_ratio, None, None)
-        ids = self._token_ids(prompt, request.timestamps)
-        all_windows = np.ones((len(request.frames), self.config.vision.windows), dtype=np.bool_)
-        keep_tokens(ids, all_windows, self.config.tokens.im_patch)
-        kept = all_windows.size - request.count
-        self._check_length(len(ids) - request.count, max_new_tokens, kept)
-
-    def next_token_logits(
-        self,
-        clip: EncodedClip,
-        prompt: Conversation | TokenSequence,
-    ) -> NDArray[np.float32]:
-        """Logits (V,) of the first token of an answer, for scoring choices or comparing models."""
-        self._check_open()
-        ids = self._compact_ids(prompt, clip, 1)
-        precision = self.bundle.manifest.precision
-        runner = self.runners[DECODER]
-        cache = decoder.KVCache(runner, self.config, precision, len(ids))
-        groups = visual_groups(ids, self.config.tokens.visual)
-        return decoder.step(runner, cache, ids, groups, clip.features)
-
-    def _vision_runners(self) -> vision.Runners:
-        get = self.runners.get
-        return vision.Runners(
-            self.runners[VISION_LOWER],
-            upper_frames=get(VISION_UPPER_FRAMES),
-            upper=get(VISION_UPPER),
-            select_pack=get(SELECT_PACK),
-            gather_windows=get(GATHER_WINDOWS),
-        )
-
-    def _check_open(self) -> None:
-        if not self.runners:
-            raise InputError(
-                "the session is closed",
-                where=str(self.bundle.folder),
-                fix="open the bundle again, and use the session within its `with` block",
-            )
-
-    def _answer(
-        self, clip: EncodedClip, out: decoder.Continuation, timings: dict[str, float]
-    ) -> Answer:
-        return Answer(
-            text=self._prompts.decode(out.token_ids) if self._prompts else None,
-            token_ids=out.token_ids,
-            finish_reason=out.finish_reason,
-            frames=len(clip.keep),
-            kept_windows=clip.kept_windows,
-            total_windows=clip.total_windows,
-            prune_ratio=clip.prune_ratio,
-            note=clip.note,
-            timings={
-                **timings,
-                **clip.timings,
-                "prefill": out.prefill_seconds,
-                "decode": out.decode_seconds,
-            },
-        )
+    def _features(self, encoded: Sequence[Encoded]) -> NDArray[Any]:
+        """Features of everything in order, (K, C); a row of zeros where there is nothing."""
+        if not encoded:
+            dtype = ACTIVATION[self.bundle.manifest.precision]
+            return np.zeros((1, self.config.text.hidden_size), dtype)
+        return np.concatenate([visual.features for visual in encoded])
 
     def _request(
         self,
@@ -433,32 +696,36 @@ class Session:
         prune_ratio: float | None,
         timestamps: Sequence[float] | NDArray[np.float64] | None,
         keep: NDArray[np.bool_] | None,
-    ) -> _Request:
+    ) -> ClipRequest:
         """Check a clip and what is asked for it."""
-        is_image = isinstance(clip, VideoClip) and clip.is_image
         if isinstance(clip, VideoClip):
+            if clip.is_image:
+                raise InputError(
+                    "is an image", where=clip.source, allowed="a video", fix="use `encode_image`"
+                )
             timestamps = clip.timestamps if timestamps is None else timestamps
             clip = clip.frames
         frames = self._frame_array(clip)
         limit = self.bundle.manifest.limits.max_frames
         if len(frames) > limit:
-            raise _too_many_frames(len(frames), limit)
-        times = _timestamps(timestamps, len(frames))
+            raise too_many_frames(len(frames), limit)
+        times = as_timestamps(timestamps, len(frames))
+        windows = self.config.vision.windows
         if keep is None:
             if prune_ratio is not None:
-                prune_ratio = _ratio(prune_ratio)
-            ratio, count, note = self._removal(len(frames), prune_ratio, is_image)
-            return _Request(frames, times, ratio, count, None, note)
+                prune_ratio = as_ratio(prune_ratio)
+            ratio, count, note = self._removal(len(frames), prune_ratio)
+            return ClipRequest(frames, times, windows, ratio, count, None, note)
         if prune_ratio is not None:
             raise InputError(
                 f"prune_ratio {prune_ratio!r} together with a keep mask",
                 where="encode",
                 allowed="one of the two: the mask decides what is removed",
             )
-        mask = _keep_mask(keep, (len(frames), self.config.vision.windows))
+        mask = as_keep_mask(keep, (len(frames), windows))
         count = int(mask.size - mask.sum())
         note = None if count else "nothing was removed: the given mask keeps everything"
-        return _Request(frames, times, count / mask.size, count, mask, note)
+        return ClipRequest(frames, times, windows, count / mask.size, count, mask, note)
 
     def _frame_array(self, frames: object) -> NDArray[np.uint8] | DeviceArray:
         """Return (T, height, width, 3), given as one array or as T of them."""
@@ -469,27 +736,14 @@ class Session:
                     where="frames",
                     allowed="one array of T frames there, or a list of frames on the host",
                 )
-            frames = _array(frames, "frames")
-        if isinstance(frames, np.ndarray):
-            check_frames(frames)
-            return frames
+            frames = as_array(frames, "frames")
         if cuda.is_on_device(frames):
             return self._device_frames(frames)
-        if not hasattr(frames, "__dlpack__"):
-            raise InputError(
-                f"got {type(frames).__name__}",
-                where="frames",
-                allowed="uint8 (T, height, width, 3) in RGB order: a NumPy array, one with DLPack, "
-                "or what `read_video` returned",
-            )
-        try:
-            array: NDArray[Any] = np.from_dlpack(frames)
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(
-                f"the {type(frames).__name__} cannot be read through DLPack: {error}",
-                where="frames",
-                fix="pass a NumPy array",
-            ) from None
+        array = host_array(
+            frames,
+            "frames",
+            "uint8 (T, height, width, 3) in RGB order, or what `read_video` returned",
+        )
         check_frames(array)
         return array
 
@@ -516,18 +770,22 @@ class Session:
     def _compact_ids(
         self,
         prompt: Conversation | TokenSequence,
-        clip: EncodedClip,
+        encoded: Sequence[Encoded],
         max_new_tokens: int,
-    ) -> NDArray[np.int64]:
-        """Return the prompt without the tokens of removed windows, checked for length."""
-        ids = self._token_ids(prompt, clip.timestamps)
-        ids = keep_tokens(ids, clip.keep, self.config.tokens.im_patch)
-        self._check_length(len(ids), max_new_tokens, clip.kept_windows)
-        return ids
+        subtitles: Sequence[Subtitle],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the prompt without the tokens of removed windows, and rotary positions of it."""
+        ids = self._token_ids(prompt, [visual.tokens for visual in encoded], subtitles)
+        stays = [np.zeros(0, dtype=np.bool_), *(visual.keep.reshape(-1) for visual in encoded)]
+        kept = kept_positions(ids, np.concatenate(stays), self.config.tokens.im_patch)
+        check_order(ids, [visual.tokens for visual in encoded], self.config.tokens.im_patch)
+        windows = sum(len(visual.features) for visual in encoded)
+        has_video = any(isinstance(visual, EncodedClip) for visual in encoded)
+        self._check_length(len(kept), max_new_tokens, windows, len(ids), has_video)
+        is_gapped = self.bundle.manifest.positions == "gapped"
+        return ids[kept], kept if is_gapped else np.arange(len(kept))
 
-    def _removal(
-        self, frames: int, prune_ratio: float | None, is_image: bool
-    ) -> tuple[float, int, str | None]:
+    def _removal(self, frames: int, prune_ratio: float | None) -> tuple[float, int, str | None]:
         """Return the ratio in force, the windows to remove, and why there are none."""
         windows, pruning = self.config.vision.windows, self.config.vision.pruning
         if pruning is None:
@@ -541,15 +799,13 @@ class Session:
         ratio = pruning.trained_prune_ratio if prune_ratio is None else prune_ratio
         count = planner.n_prune(windows, frames, ratio)
         lowest = self.bundle.manifest.limits.min_prune_ratio
-        if ratio < lowest and not is_image:
+        if ratio < lowest:
             raise InputError(
                 f"prune ratio {ratio}",
                 where=str(self.bundle.folder),
                 allowed=f"{lowest} or more, the bundle's min_prune_ratio",
                 fix="raise the ratio, or build with a lower --min-prune-ratio",
             )
-        if is_image:
-            return 0.0, 0, "nothing was removed: images are not pruned"
         if ratio == 0:
             return ratio, 0, "nothing was removed: the prune ratio is 0"
         if count == 0:
@@ -558,10 +814,13 @@ class Session:
         return ratio, count, None
 
     def _token_ids(
-        self, prompt: Conversation | TokenSequence, timestamps: NDArray[np.float64]
+        self,
+        prompt: Conversation | TokenSequence,
+        visuals: Sequence[VideoTokens | ImageTokens],
+        subtitles: Sequence[Subtitle],
     ) -> NDArray[np.int64]:
         """Return the complete sequence as before pruning."""
-        if _is_text(prompt):
+        if is_text(prompt):
             if self._prompts is None:
                 raise InputError(
                     "the prompt is text, but the checkpoint came without a tokenizer",
@@ -571,8 +830,12 @@ class Session:
                 )
             text: Conversation = prompt  # type: ignore[assignment]
             check_question(text)
-            return self._prompts.build(text, timestamps, self.config.vision.windows)
-        ids = _array(prompt, "prompt")
+            return self._prompts.build(text, with_subtitles(visuals, subtitles))
+        if subtitles:
+            raise InputError(
+                "subtitles beside token ids", where="prompt", allowed="subtitles beside text"
+            )
+        ids = as_array(prompt, "prompt")
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) == 0:
             raise InputError(
                 f"token ids of shape {ids.shape} and type {ids.dtype}",
@@ -587,16 +850,50 @@ class Session:
             )
         return ids.astype(np.int64)
 
-    def _check_length(self, prompt: int, max_new_tokens: int, kept: int) -> None:
-        limit = self.bundle.manifest.limits.max_tokens
-        if prompt + max_new_tokens > limit:
+    def _check_length(
+        self, prompt: int, max_new_tokens: int, kept: int, complete: int, has_video: bool
+    ) -> None:
+        """Check a prompt by its tokens, the windows among them, and the tokens before removal."""
+        limit, needed = self.bundle.manifest.limits.max_tokens, prompt + max_new_tokens
+        positions = self.config.text.max_position_embeddings
+        if needed > limit:
+            ways = ["raise the prune ratio", "sample fewer frames"] if has_video else []
+            ways.append("shorten the prompt")
+            if prompt < limit:
+                ways.append("ask for fewer new tokens")
+            if needed <= positions:
+                ways.append(f"build with --max-tokens {needed}")
+            new = f" and {max_new_tokens} new ones are {needed}" if max_new_tokens else ""
             raise InputError(
-                f"{prompt} prompt tokens ({kept} of them windows) "
-                f"and {max_new_tokens} new ones are {prompt + max_new_tokens}",
+                f"{prompt} prompt tokens ({kept} of them windows){new}",
                 where="prompt",
                 allowed=f"{limit} tokens",
-                fix="raise the prune ratio, sample fewer frames, or shorten the prompt",
+                fix=", or ".join([", ".join(ways[:-1]), ways[-1]] if ways[1:] else ways),
             )
+        if self.bundle.manifest.positions == "gapped" and complete + max_new_tokens > positions:
+            raise InputError(
+                f"{complete} prompt tokens before removal and {max_new_tokens} new ones are "
+                f"{complete + max_new_tokens} positions",
+                where="prompt",
+                allowed=f"{positions}, the checkpoint's max_position_embeddings: the bundle's "
+                "positions are gapped, so removed tokens count",
+                fix="sample fewer frames, or shorten the prompt"
+                if has_video
+                else "shorten the prompt",
+            )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A prompt for the decoder."""
+
+    encoded: list[Encoded]
+    ids: NDArray[np.int64]
+    """(L,) compact."""
+    positions: NDArray[np.int64]
+    """(L,) rotary ones."""
+    timings: dict[str, float]
+    """Seconds that reading files took."""
 
 
 def _backend(bundle: Bundle, backend: str | None) -> str:
@@ -608,93 +905,11 @@ def _backend(bundle: Bundle, backend: str | None) -> str:
             where=str(bundle.folder),
             allowed=" or ".join(built),
             fix=f"stts-export build {bundle.folder} -o NEW_BUNDLE --backend {backend}"
-            if backend in BACKENDS
+            if backend in ENGINE_BACKENDS
             else None,
         )
     return backend or built[0]
 
 
-def _is_text(prompt: object) -> bool:
-    """A question or (role, text) turns, rather than token ids."""
-    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], tuple):
-        return True
-    return isinstance(prompt, str)
-
-
-def _integer(value: object, name: str) -> int:
-    """Return a number that counts something, 1 or more."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} is {value!r}", where=name, allowed="an integer >= 1")
-    return int(value)
-
-
-def _ratio(value: object) -> float:
-    if not isinstance(value, (int, float, np.integer, np.floating)):
-        raise InputError(
-            f"prune ratio {value!r}", where="prune_ratio", allowed="a number, 0 <= ratio < 1"
-        )
-    return float(value)
-
-
-def _array(values: object, where: str) -> NDArray[Any]:
-    try:
-        return np.asarray(values)
-    except ValueError:
-        raise InputError(
-            "the parts differ in shape", where=where, allowed="an array, or equally long sequences"
-        ) from None
-
-
-def _check_settings(clip: object, prune_ratio: float | None, max_frames: int | None) -> None:
-    """Refuse settings of steps that were done already."""
-    if prune_ratio is not None and isinstance(clip, EncodedClip):
-        raise InputError(
-            f"prune_ratio {prune_ratio!r} for a clip that is encoded already",
-            where="generate",
-            fix="give the ratio to `encode`",
-        )
-    if max_frames is not None and not isinstance(clip, (str, Path)):
-        raise InputError(
-            f"max_frames {max_frames!r} for a clip that is sampled already",
-            where="generate",
-            fix="give the limit to `read_video`, or pass the video file",
-        )
-
-
-def _timestamps(
-    given: Sequence[float] | NDArray[np.float64] | None, frames: int
-) -> NDArray[np.float64]:
-    if given is None:
-        return np.arange(frames) / DEFAULT_FPS
-    times = _array(given, "timestamps")
-    allowed = "one finite number of seconds per frame, 0 or more, not descending"
-    if times.shape != (frames,) or times.dtype.kind not in "iuf":
-        raise InputError(
-            f"timestamps of shape {times.shape} and type {times.dtype} for {frames} frames",
-            where="timestamps",
-            allowed=allowed,
-        )
-    times = times.astype(np.float64)
-    if not np.isfinite(times).all() or times[0] < 0 or (np.diff(times) < 0).any():
-        raise InputError(f"the times are {times.tolist()}", where="timestamps", allowed=allowed)
-    return times
-
-
-def _keep_mask(given: object, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    keep = _array(given, "keep")
-    if keep.shape != shape or keep.dtype != np.bool_ or not keep.any():
-        raise InputError(
-            f"a keep mask of shape {keep.shape} and type {keep.dtype}",
-            where="keep",
-            allowed=f"bool {shape} with at least one window",
-        )
-    return keep
-
-
-def _too_many_frames(frames: int, limit: int) -> InputError:
-    return InputError(
-        f"{frames} frames",
-        where="max_frames",
-        allowed=f"up to {limit}, the limit this bundle was built with",
-        fix=f"sample fewer frames, or build with --max-frames {frames}",
-    )
+def _is_file(visual: object) -> bool:
+    return isinstance(visual, (str, Path))

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+import stts_export
 from stts_export import Session
 from stts_export.errors import InputError
 from stts_export.model.vlm import SttsModel
 from stts_export.runtime import planner, vision
 from stts_export.runtime import session as session_module
-from stts_export.runtime.prompt import PromptBuilder
+from stts_export.runtime.prompt import PromptBuilder, Subtitle, VideoTokens
 from stts_export.tensors import VISION_LOWER, VISION_UPPER
 from stts_export.tolerances import TOLERANCES, difference
 from tests.helpers import (
@@ -25,6 +26,7 @@ from tests.helpers import (
     prompt_ids,
     random_frames,
     random_model,
+    write_video,
 )
 
 
@@ -212,7 +214,7 @@ def test_a_question_is_the_sequence_that_the_tokenizer_builds(speaking: Session)
     frames, times = random_frames(4, (48, 48)), [0.0, 0.5, 1.0, 1.3]
     clip = speaking.encode(frames, 0.5, times)
     prompts = PromptBuilder.from_folder(speaking.bundle.folder / "config", speaking.config)
-    ids = prompts.build(QUESTION, times, 16)
+    ids = prompts.build(QUESTION, [VideoTokens(times, 16)])
     answer = speaking.generate(clip, QUESTION, 5)
     assert answer.token_ids == speaking.generate(clip, ids, 5).token_ids
     assert answer.text == prompts.decode(answer.token_ids)
@@ -229,6 +231,38 @@ def test_turns_of_a_conversation(speaking: Session):
     assert not np.array_equal(same, speaking.next_token_logits(clip, turns))
     with pytest.raises(InputError, match="roles"):
         speaking.generate(clip, turns[:2], 3)
+
+
+@pytest.mark.parametrize("kind", [list, dict, tuple], ids=["lists", "dicts", "pairs"])
+def test_ways_to_write_turns(speaking: Session, kind: type):
+    turns = [("user", QUESTION), ("assistant", "red"), ("user", "How many squares are there?")]
+    written: Any = [
+        {"role": role, "content": text} if kind is dict else kind((role, text))
+        for role, text in turns
+    ]
+    expected = speaking.next_token_logits([], turns)
+    np.testing.assert_array_equal(speaking.next_token_logits([], written), expected)
+    np.testing.assert_array_equal(speaking.next_token_logits([], tuple(written)), expected)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        ("user", QUESTION),
+        ["user", QUESTION],
+        {"role": "user", "content": QUESTION},
+        [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}],
+        [{"role": "user", "content": QUESTION, "images": 1}],
+        [{"role": "user"}],
+        [["user", QUESTION, "more"]],
+        [("user", None)],
+        [5, ("user", QUESTION)],
+    ],
+    ids=str,
+)
+def test_turns_of_a_wrong_kind(speaking: Session, prompt: Any):
+    with pytest.raises(InputError, match=r"the conversation has the turn .*\n.*\(role, text\)"):
+        speaking.generate([], prompt, 2)
 
 
 @pytest.mark.parametrize(
@@ -286,9 +320,7 @@ def test_lists_are_taken_as_arrays(session: Session):
 def test_the_rate_of_the_bundle_is_sampled_at(session: Session, monkeypatch: pytest.MonkeyPatch):
     asked: dict[str, Any] = {}
     monkeypatch.setattr(session_module, "read_video", lambda _, **values: asked.update(values))
-    limits = dataclasses.replace(session.bundle.manifest.limits, max_fps=0.5)
-    manifest = dataclasses.replace(session.bundle.manifest, limits=limits)
-    monkeypatch.setattr(session, "bundle", dataclasses.replace(session.bundle, manifest=manifest))
+    _limit(session, monkeypatch, max_fps=0.5)
     session.read_video("clip.mp4", np.int64(9))
     assert (asked["max_fps"], asked["max_frames"]) == (0.5, 9)
 
@@ -299,6 +331,16 @@ def test_counts_are_integers(session: Session, count: Any):
         session.read_video("clip.mp4", count)
     with pytest.raises(InputError, match="max_new_tokens is"):
         session.generate(random_frames(2), prompt_ids(session.config, 2), count)
+
+
+def test_what_answers_are_made_of_is_exported(session: Session):
+    """Types that users meet in results, to annotate and to tell them apart."""
+    clip = session.encode(random_frames(2), 0.5)
+    answer = session.generate(clip, prompt_ids(session.config, 2), 1, logprobs=1)
+    assert answer.logprobs is not None
+    for value in (clip, answer, *answer.visuals, *answer.logprobs):
+        assert type(value).__name__ in stts_export.__all__
+    assert {"EncodedImage", "Sampling", "Subtitle"} <= set(stts_export.__all__)
 
 
 def test_a_closed_session_says_so(small_bundle: Path):
@@ -461,6 +503,58 @@ def test_a_prompt_too_long_is_counted_in_the_message(session: Session):
     assert "8192 tokens" in str(error.value)
 
 
+def test_what_helps_a_prompt_that_is_too_long(session: Session, monkeypatch: pytest.MonkeyPatch):
+    frames = random_frames(2)
+    prompt = prompt_ids(session.config, 2)  # 24 tokens, 18 after removal
+    _limit(session, monkeypatch, max_tokens=20)
+    for clip in (frames, session.encode(frames, 0.5)):
+        with pytest.raises(InputError) as error:
+            session.generate(clip, prompt, 4)
+        assert error.value.fix == (
+            "raise the prune ratio, sample fewer frames, shorten the prompt, ask for fewer new "
+            "tokens, or build with --max-tokens 22"
+        )
+    with pytest.raises(InputError) as error:
+        session.generate([], [1] * 20, 1)
+    assert error.value.fix == "shorten the prompt, or build with --max-tokens 21"
+    longest = session.config.text.max_position_embeddings
+    with pytest.raises(InputError) as error:  # no bundle takes more
+        session.generate([], [1] * longest, 1)
+    assert error.value.fix == "shorten the prompt"
+
+
+def test_logits_need_room_for_the_prompt_alone(session: Session, monkeypatch: pytest.MonkeyPatch):
+    clip, prompt = session.encode(random_frames(2), 0.5), prompt_ids(session.config, 2)
+    expected = session.next_token_logits(clip, prompt)
+    _limit(session, monkeypatch, max_tokens=18)
+    np.testing.assert_array_equal(session.next_token_logits(clip, prompt), expected)
+    _limit(session, monkeypatch, max_tokens=17)
+    with pytest.raises(InputError, match=r"18 prompt tokens \(6 of them windows\)\n"):
+        session.next_token_logits(clip, prompt)
+
+
+def test_logits_take_what_answers_take(session: Session, speaking: Session, tmp_path: Path):
+    frames, prompt = random_frames(3), prompt_ids(session.config, 3)
+    expected = session.next_token_logits(session.encode(frames, 0.25), prompt)
+    got = session.next_token_logits(frames, prompt, prune_ratio=0.25)
+    np.testing.assert_array_equal(got, expected)
+    video = write_video(tmp_path / "clip.mp4")
+    lines = [Subtitle(0.0, 1.0, "red")]
+    seen = speaking.encode(speaking.read_video(video, 2))
+    got = speaking.next_token_logits(video, QUESTION, max_frames=2, subtitles=lines)
+    expected = speaking.next_token_logits(seen, QUESTION, subtitles=lines)
+    np.testing.assert_array_equal(got, expected)
+    assert not np.array_equal(got, speaking.next_token_logits(seen, QUESTION))
+    with pytest.raises(InputError, match="got NoneType"):
+        session.next_token_logits(None, prompt)
+
+
+def _limit(session: Session, monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
+    changed = dataclasses.replace(session.bundle.manifest.limits, **limits)
+    manifest = dataclasses.replace(session.bundle.manifest, limits=changed)
+    monkeypatch.setattr(session, "bundle", dataclasses.replace(session.bundle, manifest=manifest))
+
+
 def test_max_new_tokens_must_be_positive(session: Session):
     clip = session.encode(random_frames(2), 0.5)
     with pytest.raises(InputError, match="max_new_tokens is 0"):
@@ -475,9 +569,7 @@ def test_a_back_end_the_bundle_was_not_built_for(small_bundle: Path):
 def test_the_lowest_ratio_of_a_bundle_is_enforced(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ):
-    limits = dataclasses.replace(session.bundle.manifest.limits, min_prune_ratio=0.4)
-    manifest = dataclasses.replace(session.bundle.manifest, limits=limits)
-    monkeypatch.setattr(session, "bundle", dataclasses.replace(session.bundle, manifest=manifest))
+    _limit(session, monkeypatch, min_prune_ratio=0.4)
     with pytest.raises(InputError, match="min_prune_ratio"):
         session.encode(random_frames(4), 0.3)
     assert session.encode(random_frames(4), 0.4).kept_windows < 24
