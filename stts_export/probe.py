@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+CHECKED_FRAMES = 5
+"""Frames of the clip that an exported graph is compared on."""
+
 
 def moving_clip(frames: int, size: tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
     """Smooth texture with a moving patch of another one: (frames, height, width, 3) uint8."""

@@ -9,6 +9,9 @@ from types import TracebackType
 
 Report = Callable[[int], None]
 
+WRITING = "weights of "
+"""Beginning of what `build` reports while it writes the weights of a graph."""
+
 _QUIET_SECONDS = 2.0
 _LINE_SECONDS = 5.0
 _BAR_CELLS = 24

@@ -18,12 +18,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from stts_export.bundle import GRAPH_FOLDER, Bundle
+from stts_export.bundle import GRAPH_FOLDER, ONNXRUNTIME, Bundle
 from stts_export.engines.library import TENSORRT_RTX
 from stts_export.engines.runner import fitting_profile
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.runtime.decoder import Runner
-from stts_export.tensors import DECODER, VISION_LOWER, VISION_UPPER, Precision, graph_file
+from stts_export.tensors import (
+    CONNECTOR,
+    DECODER,
+    SPLIT,
+    VISION_LOWER,
+    VISION_UPPER,
+    Precision,
+    graph_file,
+    variant,
+)
 from stts_export.tolerances import TOLERANCES, Tolerance, difference
 
 if TYPE_CHECKING:
@@ -118,11 +127,15 @@ def compare_call(call: Call, model: SttsModel, precision: Precision) -> Differen
         if graph == VISION_LOWER:
             results = _lower(model, given, call.outputs)
         elif graph == VISION_UPPER:
-            features = model.vision.upper(given["bins"], given.get("segment"))
-            results = {"packed_features": features}
+            tapped = model.vision.tapped(given["bins"], given.get("segment"))
+            results = {"packed_features": model.vision.connect(tapped), "tapped": tapped}
+        elif graph == CONNECTOR:
+            pooled = given["pooled_patches"]
+            results = {"features": model.vision.connector.pool(given["patches"], pooled)}
         elif graph == DECODER and int(call.inputs["cache_position"][0]) == 0:
             ids, groups = given["input_ids"], given["visual_group"].long()
-            results = {"logits": model.language(ids, given["features"], groups)[:, -1]}
+            logits = model.language(ids, given["features"], groups, given["position_ids"])
+            results = {"logits": logits[:, -1]}
         else:
             return None
     expected = {name: value.numpy() for name, value in results.items()}
@@ -253,7 +266,10 @@ def _models(bundle: Bundle, backend: str, call: Call) -> list[tuple[str, list[st
             profile = fitting_profile(engines.engines[base], call.inputs)
             options = ["--model-type", "engine", "--trt", "--optimization-profile", str(profile)]
             models.append((file, options))
-    return [*models, (f"{GRAPH_FOLDER}/{graph_file(call.graph)}", ["--onnxrt"])]
+    # What a session calls decoder is this variant of it, where ONNX Runtime runs.
+    split = backend == ONNXRUNTIME and call.graph == DECODER
+    file = graph_file(variant(DECODER, SPLIT) if split else call.graph)
+    return [*models, (f"{GRAPH_FOLDER}/{file}", ["--onnxrt"])]
 
 
 def _comparison(expected: Arrays, precision: Precision) -> list[str]:

@@ -3,7 +3,8 @@
 Export, engines and runtime take names from here; nobody retypes one.
 Axes that are names are free at run time: `frames` of a chunk (of a clip in select_pack and
 gather_windows), `bins` of a chunk (of a clip in select_pack), `slots` of a bin, `patches` =
-slots * G, `kept` windows, `tokens` of a call, `rows` of features, `capacity` of the KV cache.
+slots * G, `kept` windows, `tokens` of a call, `rows` of features (of patches in connector),
+`capacity` of the KV cache.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ VISION_LOWER = "vision_lower"
 VISION_UPPER = "vision_upper"
 VISION_UPPER_FRAMES = "vision_upper-frames"
 """Variant of vision_upper without a mask: a row of the batch is one frame's windows."""
+CONNECTOR = "connector"
+"""The connector alone, on any patches: for images, whose tokens are not the windows of video."""
 DECODER = "decoder"
 SELECT_PACK = "select_pack"
 """Selection, packing and gather on the device, by the plugin of `trt_plugins`; no weights."""
@@ -56,6 +59,13 @@ MatMul and Softmax, the cache as a new tensor in place of an update."""
 FIXED = "fixed"
 """Variant of the decoder whose cache capacity is a number, the bundle's longest sequence. TensorRT
 updates a cache in place only then. It is written when an engine is built from it."""
+SPLIT = "split"
+"""Variant of the decoder that ONNX Runtime runs: attention takes the queries of a long call in
+turns, so that memory does not grow with queries times keys. It needs Loop, which no CUDA graph
+holds, so engines do not take it."""
+SCORES = 2**26
+"""Attention scores, heads times queries times keys, that a turn of `decoder-split` may have: 256 MB
+in fp32. At 32 heads and 36,000 tokens a turn has 58 queries; a call with fewer is one turn."""
 CAPACITY = "capacity"
 """Axis of the decoder's cache."""
 
@@ -63,11 +73,20 @@ LOWER_CHUNK = 8
 """Frames per call of vision_lower."""
 UPPER_CHUNK = 8
 """Bins' worth of windows per call of vision_upper."""
+CONNECTOR_CHUNK = 512
+"""Tokens per call of connector."""
+IMAGE_POOL = 2
+"""Side, in patches, of what becomes one token of an image."""
+MAX_CROPS = 64
+"""Most crops of an image in engines."""
 UPPER_LADDER = (1, 2, 4, 8)
 """Bins per call where shapes are fixed (CUDA graphs): the smallest step that holds the rest."""
 
 DATA_FILE = "model.onnx.data"
 """Weights of a graph; its variants refer to the same file."""
+DATA_ALIGNMENT = 2**16
+"""Bytes: what a tensor of at least as many begins at a multiple of in that file. A page, or what is
+mapped at once elsewhere: then a runtime can use a tensor where it lies."""
 
 
 def graph_file(name: str) -> str:
@@ -95,6 +114,7 @@ def graph_specs(config: ModelConfig, precision: Precision) -> dict[str, GraphSpe
     """All graphs of a model at a precision, by name; a variant follows the graph it varies."""
     lower = _vision_lower(config, precision)
     upper = _vision_upper(config, precision, VISION_UPPER)
+    connector = _connector(config, precision)
     decoder = _decoder(config, precision)
     specs = [
         lower,
@@ -102,8 +122,11 @@ def graph_specs(config: ModelConfig, precision: Precision) -> dict[str, GraphSpe
         upper,
         _decomposed(upper),
         _vision_upper(config, precision, VISION_UPPER_FRAMES),
+        connector,
+        _decomposed(connector),
         decoder,
         _decomposed(decoder),
+        GraphSpec(variant(DECODER, SPLIT), decoder.inputs, decoder.outputs),
     ]
     if config.vision.pruning is not None:
         specs += [_select_pack(config, precision), _gather_windows(config, precision)]
@@ -176,20 +199,40 @@ def _vision_lower(config: ModelConfig, precision: Precision) -> GraphSpec:
 def _vision_upper(config: ModelConfig, precision: Precision, name: str) -> GraphSpec:
     vision, dtype = config.vision, ACTIVATION[precision]
     D, C = vision.hidden_size, config.text.hidden_size
+    tapped = D * len(vision.taps)
     if name == VISION_UPPER_FRAMES:
         return GraphSpec(
             name,
             (TensorSpec("bins", dtype, ("frames", "patches", D)),),
-            (TensorSpec("packed_features", dtype, ("frames", "slots", C)),),
+            (
+                TensorSpec("packed_features", dtype, ("frames", "slots", C)),
+                TensorSpec("tapped", dtype, ("frames", "patches", tapped)),
+            ),
         )
     W = vision.windows
+    patches = W * vision.patches_per_window
     return GraphSpec(
         name,
         (
-            TensorSpec("bins", dtype, ("bins", W * vision.patches_per_window, D)),
+            TensorSpec("bins", dtype, ("bins", patches, D)),
             TensorSpec("segment", "int32", ("bins", W)),
         ),
-        (TensorSpec("packed_features", dtype, ("bins", W, C)),),
+        (
+            TensorSpec("packed_features", dtype, ("bins", W, C)),
+            TensorSpec("tapped", dtype, ("bins", patches, tapped)),
+        ),
+    )
+
+
+def _connector(config: ModelConfig, precision: Precision) -> GraphSpec:
+    vision, dtype = config.vision, ACTIVATION[precision]
+    return GraphSpec(
+        CONNECTOR,
+        (
+            TensorSpec("patches", dtype, ("rows", vision.hidden_size * len(vision.taps))),
+            TensorSpec("pooled_patches", "int32", ("tokens", IMAGE_POOL**2)),
+        ),
+        (TensorSpec("features", dtype, ("tokens", config.text.hidden_size)),),
     )
 
 
@@ -203,6 +246,7 @@ def _decoder(config: ModelConfig, precision: Precision) -> GraphSpec:
             TensorSpec("input_ids", "int64", (1, "tokens")),
             TensorSpec("features", dtype, ("rows", text.hidden_size)),
             TensorSpec("visual_group", "int32", (1, "tokens")),
+            TensorSpec("position_ids", "int64", (1, "tokens")),
             TensorSpec("cache_position", "int64", (1,)),
             *(TensorSpec(name, dtype, cache) for i in layers for name in past_names(i)),
         ),
@@ -250,6 +294,10 @@ def profiles(
         axes = ({"frames": (1, max_frames, max_frames), "kept_count": (1, (clip + 1) // 2, clip)},)
     elif graph == GATHER_WINDOWS:
         axes = ({"frames": (1, max_frames, max_frames), "bins": (1, upper, upper)},)
+    elif graph == CONNECTOR:
+        patches = config.vision.windows * config.vision.patches_per_window
+        tokens = (1, CONNECTOR_CHUNK, CONNECTOR_CHUNK)
+        axes = ({"rows": (1, 9 * patches, MAX_CROPS * patches), "tokens": tokens},)
     else:
         capacity = (1, max_tokens, max_tokens)
         half = (max_tokens + 1) // 2
@@ -257,7 +305,8 @@ def profiles(
             {"tokens": (1, 1, 1), "rows": (1, 1, 1), CAPACITY: capacity},
             {
                 "tokens": (1, half, max_tokens),
-                "rows": (1, (rows + 1) // 2, rows),
+                # Of several videos and images together; tuned for a clip.
+                "rows": (1, (rows + 1) // 2, max_tokens),
                 CAPACITY: capacity,
             },
         )

@@ -35,6 +35,8 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("packed_features", "fp32"): Tolerance(
         "max_rel", 1e-4, "other summation order over the upper blocks and the connector"
     ),
+    ("tapped", "fp32"): Tolerance("max_rel", 1e-4, "other summation order over the upper blocks"),
+    ("features", "fp32"): Tolerance("max_rel", 1e-4, "other summation order over the connector"),
     ("logits", "fp32"): Tolerance("max_rel", 1e-4, "other summation order over the decoder"),
     ("scores", "fp16"): Tolerance(
         "max", 4e-3, "the scorer is fp32, its input comes from fp16 blocks (11-bit mantissa)"
@@ -44,6 +46,8 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("packed_features", "fp16"): Tolerance(
         "l2", 1e-2, "fp16 rounding in every matmul of the upper blocks and the connector"
     ),
+    ("tapped", "fp16"): Tolerance("l2", 1e-2, "fp16 rounding in every matmul of the upper blocks"),
+    ("features", "fp16"): Tolerance("l2", 1e-2, "fp16 rounding in the connector"),
     ("logits", "fp16"): Tolerance("l2", 2e-2, "fp16 rounding through the decoder and its head"),
 }
 

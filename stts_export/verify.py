@@ -23,6 +23,7 @@ from stts_export.errors import InputError, MissingDependencyError
 from stts_export.probe import moving_clip
 from stts_export.runtime import planner, vision
 from stts_export.runtime.decoder import NotFiniteError, Runner
+from stts_export.runtime.resize import resize_frames
 from stts_export.runtime.session import EncodedClip, Session
 from stts_export.tensors import SELECT_PACK, VISION_LOWER, VISION_UPPER
 from stts_export.tolerances import TOLERANCES, difference
@@ -95,23 +96,25 @@ class Report:
 
 def verify(
     bundle: Path,
-    checkpoint: Path,
+    checkpoint: Path | str,
     videos: Sequence[Path] = (),
     *,
     backend: str | None = None,
     plugin: Path | None = None,
     keep_repro: Path | None = None,
+    revision: str | None = None,
 ) -> Report:
     """Compare a bundle with the checkpoint it was built from.
 
     Args:
         bundle: folder of the bundle; its files are compared with their hashes first.
-        checkpoint: the trained model.
+        checkpoint: the trained model, see `checkpoint.open_checkpoint`.
         videos: files to compare on; built-in clips when empty.
         backend: as for `Session.open`.
         plugin: as for `Session.open`.
         keep_repro: new folder for files that reproduce a difference with polygraphy; not made
             when all agrees.
+        revision: of a checkpoint on the hub.
 
     Raises:
         InputError: bundle or checkpoint cannot be read, or are of different architecture.
@@ -122,7 +125,7 @@ def verify(
         repro.check_folder(keep_repro)
     opened = Bundle.open(bundle)
     opened.check_hashes()
-    model = _load(checkpoint)
+    model = _load(checkpoint, revision)
     if model.config != opened.config:
         raise InputError(
             "was built from a checkpoint with another configuration",
@@ -189,6 +192,9 @@ def _ratios(bundle: Bundle, frames: int) -> list[float]:
         wanted.add(limits.min_prune_ratio)
     text = frames * _FRAME_TOKENS + _TEXT_TOKENS + _NEW_TOKENS
     total = frames * vision.windows
+    positions = bundle.config.text.max_position_embeddings
+    if bundle.manifest.positions == "gapped" and total + text > positions:
+        return []
     return [
         ratio
         for ratio in sorted(wanted)
@@ -269,11 +275,15 @@ class _Comparison:
         with torch.no_grad():
             compact = torch.from_numpy(ids[ids >= 0])
             groups = self.model.visual_groups(compact[None])
-            logits = self.model.language(compact[None], oracle.features, groups)[0, -1].numpy()
-            greedy = self.model.greedy(compact, oracle.features, _NEW_TOKENS)
+            is_gapped = self.session.bundle.manifest.positions == "gapped"
+            places = torch.from_numpy(np.flatnonzero(ids >= 0)) if is_gapped else None
+            batch = None if places is None else places[None]
+            logits = self.model.language(compact[None], oracle.features, groups, batch)
+            greedy = self.model.greedy(compact, oracle.features, _NEW_TOKENS, places)
         full = np.where(ids < 0, self.model.config.tokens.im_patch, ids)
         got = self._logits(clip, full)
-        self._compare("logits", np.full_like(logits, np.nan) if got is None else got, logits)
+        last = logits[0, -1].numpy()
+        self._compare("logits", np.full_like(last, np.nan) if got is None else got, last)
         if self.report.precision == "fp32":
             self._compare_tokens(clip, full, greedy)
 
@@ -350,21 +360,26 @@ class _Comparison:
         self.report.checks.append(check)
 
 
-def _load(checkpoint: Path) -> SttsModel:
+def _load(checkpoint: Path | str, revision: str | None) -> SttsModel:
     try:
-        from stts_export.checkpoint import model_from_checkpoint, open_checkpoint
+        from stts_export.checkpoint import check_tensors, open_checkpoint, streamed_model
     except ImportError as error:
         raise MissingDependencyError(
             f"comparing with a checkpoint needs a package that is not installed: {error}",
             where="verify",
             fix="pip install 'stts-export[cpu,train]'",
         ) from None
-    return model_from_checkpoint(open_checkpoint(checkpoint))
+    source = open_checkpoint(checkpoint, revision=revision)
+    check_tensors(source)
+    return streamed_model(source)
 
 
 def _clips(session: Session, videos: Sequence[Path]) -> list[tuple[str, NDArray[np.uint8]]]:
     if videos:
-        return [(str(path), session.read_video(path).frames) for path in videos]
+        clips = ((str(path), session.read_video(path).frames) for path in videos)
+        # An image keeps its own size, and is compared as the one frame of a clip.
+        size = session.config.vision.image_size
+        return [(name, resize_frames(frames, size)) for name, frames in clips]
     limit = session.bundle.manifest.limits.max_frames
     size = session.config.vision.image_size
     lengths = sorted({min(frames, limit) for frames in BUILT_IN_FRAMES})

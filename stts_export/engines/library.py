@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX as Python packages: their names, and importing them."""
+"""Names of the back ends; and TensorRT and TensorRT for RTX as Python packages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from types import ModuleType
 
 from stts_export.errors import MissingDependencyError
 
+ONNXRUNTIME = "onnxruntime"
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt-rtx"
+ENGINE_BACKENDS = (TENSORRT, TENSORRT_RTX)
+BACKENDS = (ONNXRUNTIME, *ENGINE_BACKENDS)
+"""What runs bundles: their graphs, or engines that are built from them."""
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 """Python module by back end."""
 INSTALL = {

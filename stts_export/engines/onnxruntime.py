@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from stts_export.engines.library import ONNXRUNTIME
 from stts_export.errors import InputError, MissingDependencyError
+from stts_export.files import readable_size
+from stts_export.machine import available_memory
+from stts_export.tensors import DATA_FILE
 
-NAME = "onnxruntime"
+log = logging.getLogger(__name__)
+
+NAME = ONNXRUNTIME
 DEVICES = ("cpu", "cuda")
 
 MIN_VERSION = (1, 31)
 """Older ones compute Attention, RotaryEmbedding or TensorScatter wrongly, or not at all."""
 
 _INSTALL = "pip install 'stts-export[cpu]', or 'stts-export[gpu]' for CUDA"
+COPIES, ROOM = 2, 0.8
+"""Size of copies (fp16 weights become fp32), and how much of the free memory they may take."""
+_COPYING = ["FuseFp16InitializerToFp32NodeTransformer"]
+"""Optimisations that copy weights."""
 _ORT_FATAL_ONLY = 4  # errors reach the caller as exceptions
 
 
@@ -77,19 +88,41 @@ class Runner:
         return array
 
 
+def _leaves_no_room(file: Path) -> bool:
+    """Whether copies of a graph's weights would take what the machine has; says so."""
+    data, free = file.with_name(DATA_FILE), available_memory()
+    if free is None or not data.exists() or COPIES * data.stat().st_size <= ROOM * free:
+        return False
+    log.warning(
+        "%s: %s of memory available, too little for copies of %s of weights: they stay in their "
+        "file and are converted on every call, which is slow",
+        file, readable_size(free), readable_size(data.stat().st_size),
+    )  # fmt: skip
+    return True
+
+
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} is not contiguous")
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def open_graph(file: Path, *, device: str | None = None, threads: int | None = None) -> Runner:
+def open_graph(
+    file: Path,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    lean: bool | None = None,
+) -> Runner:
     """Load an ONNX file.
 
     Args:
         file: `model.onnx` with its external data beside it.
         device: "cpu" (default) or "cuda".
         threads: threads within an operator; all cores when None.
+        lean: leave the weights in their file, where the system can drop them, and convert those of
+            an operator when it runs; otherwise copies are made ahead, which is faster. None: only
+            where the machine has not the memory for copies.
 
     Raises:
         MissingDependencyError: onnxruntime, or the CUDA provider, is not there.
@@ -117,9 +150,18 @@ def open_graph(file: Path, *, device: str | None = None, threads: int | None = N
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+    if lean is None:
+        lean = device != "cuda" and _leaves_no_room(file)
+    if lean:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False  # it keeps what it ever held
+        # Otherwise all conversions of weights come first, and their results wait.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
     try:
-        session = ort.InferenceSession(file, options, providers=[provider])
+        session = ort.InferenceSession(
+            file, options, providers=[provider], disabled_optimizers=_COPYING if lean else None
+        )
     except Exception as error:  # its exception classes are private to the wheel
         raise InputError(
             f"ONNX Runtime {ort.__version__} cannot load it: {error}",

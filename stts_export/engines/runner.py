@@ -28,8 +28,6 @@ from stts_export.engines.library import TENSORRT, TENSORRT_RTX, import_library
 from stts_export.errors import InputError, MissingDependencyError, SttsError
 from stts_export.tensors import SELECT_PACK, Profile, past_names, present_names
 
-BACKENDS = (TENSORRT, TENSORRT_RTX)
-
 _log = logging.getLogger(__name__)
 
 

@@ -15,6 +15,7 @@ from stts_export.engines.library import INSTALL, MODULES, TENSORRT, import_libra
 from stts_export.engines.plugin import find_plugin
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.tensors import (
+    CONNECTOR,
     DECODER,
     DECOMPOSED,
     GATHER_WINDOWS,
@@ -27,7 +28,7 @@ from stts_export.tensors import (
 OLDEST, NEWEST_MAJOR = (10, 3), 11
 CANONICAL = (10, 15)
 """The first version with the operators of the canonical graphs."""
-GRAPHS = (VISION_LOWER, VISION_UPPER, SELECT_PACK, GATHER_WINDOWS, DECODER)
+GRAPHS = (VISION_LOWER, VISION_UPPER, CONNECTOR, SELECT_PACK, GATHER_WINDOWS, DECODER)
 """In building order."""
 
 

@@ -11,12 +11,12 @@ from stts_export.engines import cuda
 from stts_export.engines.engine_build import Target
 from stts_export.engines.library import MODULES, TENSORRT_RTX, import_library
 from stts_export.errors import InputError, MissingDependencyError
-from stts_export.tensors import DECODER, GATHER_WINDOWS, VISION_LOWER, VISION_UPPER
+from stts_export.tensors import CONNECTOR, DECODER, GATHER_WINDOWS, VISION_LOWER, VISION_UPPER
 
 TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
 """Streaming multiprocessor versions that it builds for. Of sm75 it says so too, and then has no
 fp32 matrix product, which the scorer needs at every precision."""
-GRAPHS = (VISION_LOWER, VISION_UPPER, GATHER_WINDOWS, DECODER)
+GRAPHS = (VISION_LOWER, VISION_UPPER, CONNECTOR, GATHER_WINDOWS, DECODER)
 """In building order."""
 
 

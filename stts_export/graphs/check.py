@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,32 @@ from stts_export.engines import onnxruntime
 from stts_export.engines.plugin import PLUGIN_NAME
 from stts_export.errors import VerificationError
 from stts_export.graphs.modules import module_for
+from stts_export.graphs.split import PAIRS
 from stts_export.model.pruning import n_prune, pack, select
+from stts_export.model.vision import VisionTower
 from stts_export.model.vlm import SttsModel
-from stts_export.probe import moving_clip
+from stts_export.probe import CHECKED_FRAMES, moving_clip
 from stts_export.tensors import (
     ACTIVATION,
+    CONNECTOR,
     DECODER,
     DECOMPOSED,
     GATHER_WINDOWS,
     SELECT_PACK,
+    SPLIT,
     VISION_LOWER,
     VISION_UPPER_FRAMES,
     GraphSpec,
     Precision,
     past_names,
+    variant,
 )
 from stts_export.tolerances import TOLERANCES, difference
 
 _SEED = 20260318
-_FRAMES = 5
 _PRUNE_RATIO = 0.5
+_PROMPT, _CAPACITY = 17, 23
+_TURN = 5  # tokens of the prompt that decoder-split takes at a time; the last turn has fewer
 
 
 def check_graph(spec: GraphSpec, precision: Precision, file: Path, model: SttsModel) -> None:
@@ -50,7 +57,7 @@ def check_graph(spec: GraphSpec, precision: Precision, file: Path, model: SttsMo
     if spec.name == SELECT_PACK:
         _check_plugin_node(spec, file)
         return
-    runner = onnxruntime.open_graph(file)
+    runner = _opened(spec, file)
     if spec.name == GATHER_WINDOWS:
         _check_gather(spec, runner, model)
         return
@@ -62,17 +69,38 @@ def check_graph(spec: GraphSpec, precision: Precision, file: Path, model: SttsMo
         module = module_for(graph if variant == DECOMPOSED else spec.name, model)
         for inputs in _cases(spec, model):
             given = {t.name: inputs[t.name].numpy().astype(t.dtype) for t in spec.inputs}
-            outputs = module(*(inputs[tensor.name] for tensor in spec.inputs))
-            expected = dict(zip((tensor.name for tensor in spec.outputs), outputs, strict=True))
             got = runner(given)
             if "scores" in got:
-                # The bias magnifies rounding of scores where a row of them is nearly constant, so
-                # what comes after the scores is compared given the graph's own.
-                x = model.vision.before_scoring(inputs["frames"])
-                scores = torch.from_numpy(got["scores"])
-                expected["hidden"] = model.vision.after_scoring(x, scores, inputs["fresh"])
+                expected = _lower(model.vision, inputs, torch.from_numpy(got["scores"]))
+            else:
+                outputs = module(*(inputs[tensor.name] for tensor in spec.inputs))
+                expected = dict(zip((tensor.name for tensor in spec.outputs), outputs, strict=True))
             for name, reference in expected.items():
                 _compare(spec.name, name, precision, got[name], reference)
+
+
+def _lower(tower: VisionTower, inputs: dict[str, Tensor], scores: Tensor) -> dict[str, Tensor]:
+    """Outputs of `vision_lower`, what comes after the scores given the graph's own.
+
+    The bias magnifies rounding of scores where a row of them is nearly constant.
+    """
+    x = tower.before_scoring(inputs["frames"])
+    expected, last_pooled = tower.score(x, inputs["fresh"], inputs["prev_pooled"])
+    hidden = tower.after_scoring(x, scores, inputs["fresh"])
+    return {"hidden": hidden, "scores": expected, "last_pooled": last_pooled}
+
+
+def _opened(spec: GraphSpec, file: Path) -> onnxruntime.Runner:
+    """Open a graph; `decoder-split` with turns so short that the prompt takes several."""
+    if spec.name != variant(DECODER, SPLIT):
+        return onnxruntime.open_graph(file, lean=True)
+    model = ir.load(file)
+    pairs = model.graph.initializers[PAIRS]
+    pairs.const_value = ir.tensor(np.array([_TURN * _CAPACITY]), name=PAIRS)
+    # Beside the other, so that it finds its weights.
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=file.suffix) as short:
+        ir.save(model, short.name)
+        return onnxruntime.open_graph(Path(short.name), lean=True)
 
 
 def _compare(
@@ -108,11 +136,11 @@ def _check_gather(spec: GraphSpec, runner: onnxruntime.Runner, model: SttsModel)
     rng = np.random.default_rng(_SEED)
     vision = model.config.vision
     W, D = vision.windows, vision.hidden_size
-    hidden = rng.standard_normal((_FRAMES, W * vision.patches_per_window, D))
+    hidden = rng.standard_normal((CHECKED_FRAMES, W * vision.patches_per_window, D))
     hidden = hidden.astype(spec.inputs[0].dtype)
-    plan = rng.integers(0, _FRAMES * W, (_FRAMES - 2, W), dtype=np.int32)
+    plan = rng.integers(0, CHECKED_FRAMES * W, (CHECKED_FRAMES - 2, W), dtype=np.int32)
     got = runner({"hidden": hidden, "gather_window": plan})["bins"]
-    expected = hidden.reshape(_FRAMES * W, -1)[plan].reshape(len(plan), -1, D)
+    expected = hidden.reshape(CHECKED_FRAMES * W, -1)[plan].reshape(len(plan), -1, D)
     if not np.array_equal(got, expected):
         raise VerificationError(
             f"bins {got.shape} are other windows than the plan says",
@@ -129,26 +157,43 @@ def _cases(spec: GraphSpec, model: SttsModel) -> Iterator[dict[str, Tensor]]:
     first = -1 if variant == DECOMPOSED else 0
     vision = model.config.vision
     W, G = vision.windows, vision.patches_per_window
-    frames = torch.from_numpy(moving_clip(_FRAMES, vision.image_size))
+    frames = torch.from_numpy(moving_clip(CHECKED_FRAMES, vision.image_size))
     if graph == VISION_LOWER:
         prev = torch.zeros(1, W, vision.hidden_size)
-        for start, stop in ((0, 1), (0, _FRAMES), (2, 4))[first:]:
+        for start, stop in ((0, 1), (0, CHECKED_FRAMES), (2, 4))[first:]:
             fresh = torch.arange(start, stop) == 0
             if vision.pruning and start > 0:
                 before = model.vision.before_scoring(frames[start - 1 : start])
                 _, prev = model.vision.score(before, torch.tensor([True]), prev)
             yield {"frames": frames[start:stop], "fresh": fresh, "prev_pooled": prev}
         return
+    if graph == CONNECTOR:
+        yield from _pooled(spec, generator)
+        return
     hidden = model.vision.lower_plain(frames)
     if spec.name == VISION_UPPER_FRAMES:
         for count, slots in ((1, 1), (3, (W + 1) // 2), (2, W)):
             yield {"bins": hidden[:count, : slots * G]}
         return
-    scores = torch.rand(_FRAMES, W, generator=generator)
-    plan = pack(select(scores, n_prune(W, _FRAMES, _PRUNE_RATIO)))
+    scores = torch.rand(CHECKED_FRAMES, W, generator=generator)
+    plan = pack(select(scores, n_prune(W, CHECKED_FRAMES, _PRUNE_RATIO)))
     bins = hidden.unflatten(1, (W, G)).flatten(0, 1)[plan.gather_window].flatten(1, 2)
     for count in sorted({1, len(bins)})[first:]:
         yield {"bins": bins[:count], "segment": plan.segment[:count]}
+
+
+def _pooled(spec: GraphSpec, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Tokens of patches from anywhere, some with patches missing: with -1 in any place."""
+    patches, pooled = spec.inputs
+    for rows, tokens in ((1, 1), (54, 20)):
+        index = torch.randint(0, rows, (tokens, int(pooled.shape[1])), generator=generator)
+        missing = torch.rand(index.shape, generator=generator) < 0.3
+        missing[:, -1] &= ~missing.all(1)
+        features = torch.randn(rows, int(patches.shape[1]), generator=generator)
+        yield {
+            "patches": features,
+            "pooled_patches": torch.where(missing, -1, index).to(torch.int32),
+        }
 
 
 def _check_decoder(
@@ -157,16 +202,18 @@ def _check_decoder(
     """Prefill a prompt with visual tokens, then decode token by token on the graph's own cache."""
     generator = torch.Generator().manual_seed(_SEED)
     text, tokens = model.config.text, model.config.tokens
-    prompt, total, patches = 17, 20, 5
+    prompt, total, patches = _PROMPT, 20, 5
     ids = torch.randint(0, text.vocab_size, (1, total), generator=generator)
     ids[0, 1 : patches + 3] = tokens.im_patch
     ids[0, 1], ids[0, patches + 2] = tokens.frame_start, tokens.frame_end
     groups = model.visual_groups(ids)
     features = torch.randn(patches, text.hidden_size, generator=generator)
-    reference = model.language(ids, features, groups)
+    # With a gap, so that positions taken from the order of tokens would be found out.
+    positions = torch.arange(total)[None] + 2 * (torch.arange(total) > patches)
+    reference = model.language(ids, features, groups, positions)
 
     dtype = ACTIVATION[precision]
-    cache_shape = (1, text.num_kv_heads, total + 3, text.head_dim)
+    cache_shape = (1, text.num_kv_heads, _CAPACITY, text.head_dim)
     cache = [np.zeros(cache_shape, dtype) for _ in range(2 * text.num_layers)]
     names = [name for layer in range(text.num_layers) for name in past_names(layer)]
     rows = features.numpy().astype(dtype)
@@ -175,6 +222,7 @@ def _check_decoder(
             "input_ids": ids[:, start:stop].numpy(),
             "features": rows,
             "visual_group": groups[:, start:stop].numpy().astype(np.int32),
+            "position_ids": positions[:, start:stop].numpy(),
             "cache_position": np.array([start]),
         }
         got = runner({**call, **dict(zip(names, cache, strict=True))})

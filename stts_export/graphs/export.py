@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from pathlib import Path
@@ -13,17 +12,29 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from stts_export.checkpoint.streamed import sources
 from stts_export.errors import VerificationError
 from stts_export.graphs.check import check_graph
 from stts_export.graphs.modules import at_precision, module_for
 from stts_export.graphs.packing import packing_graph
 from stts_export.graphs.rewrites import decompose
+from stts_export.graphs.split import split_queries
+from stts_export.graphs.weights import (
+    OnTensor,
+    name_weights,
+    refer_to_weights,
+    share_tables,
+    without_memory,
+    write_weights,
+)
 from stts_export.model.vlm import SttsModel
 from stts_export.tensors import (
+    DATA_FILE,
     DECODER,
     DECOMPOSED,
     GATHER_WINDOWS,
     SELECT_PACK,
+    SPLIT,
     VISION_UPPER_FRAMES,
     GraphSpec,
     Precision,
@@ -38,17 +49,24 @@ _OPSET_CACHE = 24  # TensorScatter
 _TRACE_SIZES = {"frames": 2, "bins": 2, "slots": 4, "tokens": 6, "rows": 3, "capacity": 11}
 
 
-def export_graph(model: SttsModel, graph: str, precision: Precision, folder: Path) -> Path:
+def export_graph(
+    model: SttsModel,
+    graph: str,
+    precision: Precision,
+    folder: Path,
+    on_tensor: OnTensor | None = None,
+) -> Path:
     """Write a graph and compare it with PyTorch.
 
     Weights go to external data; those of a variant are the graph's that it varies, which must have
     been written to `folder` before. `select_pack` and `gather_windows` have none.
 
     Args:
-        model: fp32, in evaluation mode.
+        model: fp32, in evaluation mode; its weights may be on disk (`streamed_model`).
         graph: a name of `graph_specs`.
         precision: type of weights and activations.
         folder: the `onnx` folder of a bundle.
+        on_tensor: called while weights are written; not called for variants, which have none.
 
     Returns:
         The file that was written.
@@ -60,13 +78,19 @@ def export_graph(model: SttsModel, graph: str, precision: Precision, folder: Pat
     spec = graph_specs(model.config, precision)[graph]
     file = folder / graph_file(graph)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write(model, spec, precision, file)
+    _write(model, spec, precision, file, on_tensor)
     onnx.checker.check_model(file, full_check=True)
     check_graph(spec, precision, file, model)
     return file
 
 
-def _write(model: SttsModel, spec: GraphSpec, precision: Precision, file: Path) -> None:
+def _write(
+    model: SttsModel,
+    spec: GraphSpec,
+    precision: Precision,
+    file: Path,
+    on_tensor: OnTensor | None,
+) -> None:
     graph, _, variant = spec.name.partition("-")
     original = file.with_name("model.onnx")
     if graph in (SELECT_PACK, GATHER_WINDOWS):
@@ -77,32 +101,35 @@ def _write(model: SttsModel, spec: GraphSpec, precision: Precision, file: Path) 
         decompose(decomposed, graph, model.config)
         ir.save(decomposed, file)
         return
-    module = at_precision(module_for(spec.name, model), precision)
+    if variant == SPLIT:
+        split = ir.load(original)
+        split_queries(split, model.config)
+        ir.save(split, file)
+        return
+    traced = _traced(model, spec, precision)
+    if file == original:
+        write_weights(traced.graph, file.with_name(DATA_FILE), on_tensor)
+    else:
+        refer_to_weights(traced.graph, ir.load(original).graph)
+    ir.save(traced, file)
+
+
+def _traced(model: SttsModel, spec: GraphSpec, precision: Precision) -> ir.Model:
+    """Trace a graph without touching a weight; its weights are `WeightTensor`s."""
+    with torch.device("meta"):
+        outline = SttsModel(model.config).eval()
+    names = {id(parameter): name for name, parameter in outline.named_parameters()}
+    module = module_for(spec.name, outline)
+    values = sources(model)
+    of_module = {name: values[names[id(p)]] for name, p in module.named_parameters()}
+    module = without_memory(at_precision(module, precision))
     program = _trace(module, spec, model.config.vision.patches_per_window)
+    name_weights(program.model.graph, module, of_module)
+    program.optimize()
+    share_tables(program.model.graph)
     _name_axes(program.model.graph, spec)
     _drop_metadata(program.model.graph)
-    if file == original:
-        program.save(file, external_data=True)
-    else:
-        _refer_to_weights(program.model.graph, original)
-        ir.save(program.model, file)
-
-
-def _refer_to_weights(graph: ir.Graph, original: Path) -> None:
-    """Replace initializers by references to equal ones in the data file of `original`."""
-    stored = {
-        _content(value.const_value): value.const_value
-        for value in ir.load(original).graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    for value in graph.initializers.values():
-        value.const_value = stored.get(_content(value.const_value), value.const_value)
-
-
-def _content(tensor: ir.TensorProtocol | None) -> tuple[object, ...]:
-    assert tensor is not None
-    digest = hashlib.sha256(tensor.numpy().tobytes()).digest()
-    return tensor.dtype, tuple(tensor.shape), digest
+    return program.model
 
 
 def _trace(module: nn.Module, spec: GraphSpec, patches_per_window: int) -> Any:
@@ -121,7 +148,7 @@ def _trace(module: nn.Module, spec: GraphSpec, patches_per_window: int) -> Any:
     )
     dynamic: Any = shapes
     if spec.name == DECODER:
-        dynamic = (*shapes[:4], shapes[4:])  # *cache is one argument
+        dynamic = (*shapes[:5], shapes[5:])  # *cache is one argument
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     # With gradients, attention is traced as a kernel whose output has other strides.
     with torch.no_grad(), warnings.catch_warnings():
@@ -134,6 +161,7 @@ def _trace(module: nn.Module, spec: GraphSpec, patches_per_window: int) -> Any:
             dynamic_shapes=dynamic,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
+            optimize=False,  # that is done when the weights have their names
             verbose=False,
         )
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from stts_export.model.language import Decoder, attention_mask
 from stts_export.model.layers import LayerNorm, RMSNorm
 from stts_export.model.pruning import Scorer
-from stts_export.model.vision import PatchEmbedding, VisionTower
+from stts_export.model.vision import Connector, PatchEmbedding, VisionTower
 from stts_export.model.vlm import SttsModel
 from stts_export.tensors import (
+    CONNECTOR,
     DECODER,
     VISION_LOWER,
     VISION_UPPER,
@@ -55,9 +56,10 @@ class VisionUpper(nn.Module):
         super().__init__()
         self.tower = tower
 
-    def forward(self, bins: Tensor, segment: Tensor) -> tuple[Tensor]:
-        """See `VisionTower.upper`."""
-        return (self.tower.upper(bins, segment),)
+    def forward(self, bins: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
+        """See `VisionTower.upper` and `VisionTower.tapped`."""
+        tapped = self.tower.tapped(bins, segment)
+        return self.tower.connect(tapped), tapped
 
 
 class VisionUpperFrames(nn.Module):
@@ -67,9 +69,22 @@ class VisionUpperFrames(nn.Module):
         super().__init__()
         self.tower = tower
 
-    def forward(self, bins: Tensor) -> tuple[Tensor]:
-        """See `VisionTower.upper`."""
-        return (self.tower.upper(bins),)
+    def forward(self, bins: Tensor) -> tuple[Tensor, Tensor]:
+        """See `VisionTower.upper` and `VisionTower.tapped`."""
+        tapped = self.tower.tapped(bins)
+        return self.tower.connect(tapped), tapped
+
+
+class ConnectorAlone(nn.Module):
+    """`connector`: tokens from any patches."""
+
+    def __init__(self, connector: Connector) -> None:
+        super().__init__()
+        self.connector = connector
+
+    def forward(self, patches: Tensor, pooled_patches: Tensor) -> tuple[Tensor]:
+        """See `Connector.pool`."""
+        return (self.connector.pool(patches, pooled_patches),)
 
 
 class DecoderStep(nn.Module):
@@ -84,6 +99,7 @@ class DecoderStep(nn.Module):
         input_ids: Tensor,
         features: Tensor,
         visual_group: Tensor,
+        position_ids: Tensor,
         cache_position: Tensor,
         *cache: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -93,6 +109,7 @@ class DecoderStep(nn.Module):
             input_ids: (1, L).
             features: (M, C); see `Decoder.embed`.
             visual_group: (1, L); see `Decoder.forward`.
+            position_ids: (1, L), of the rotary embedding; the mask goes by `cache_position`.
             cache_position: (1,), tokens already in the cache.
             cache: per layer key and value, (1, kv_heads, capacity, d).
         """
@@ -102,9 +119,8 @@ class DecoderStep(nn.Module):
         group = visual_group.index_select(1, offset.clamp(0, length - 1))
         # Clips lie within one call, so what is cached from earlier calls counts as text.
         key_group = torch.where(in_call[None], group, torch.full_like(group, -1))
-        positions = (cache_position + torch.arange(length, device=input_ids.device))[None]
         mask = attention_mask(
-            positions,
+            (cache_position + torch.arange(length, device=input_ids.device))[None],
             visual_group,
             torch.arange(capacity, device=input_ids.device)[None],
             key_group,
@@ -118,7 +134,7 @@ class DecoderStep(nn.Module):
             return present[2 * layer], present[2 * layer + 1]
 
         x = self.decoder.embed(input_ids, features)
-        x = self.decoder.transform(x, positions, mask, write, torch.onnx.ops.rotary_embedding)
+        x = self.decoder.transform(x, position_ids, mask, write, torch.onnx.ops.rotary_embedding)
         return self.decoder.lm_head(x[:, -1]).float(), *present
 
 
@@ -142,6 +158,8 @@ def module_for(graph: str, model: SttsModel) -> nn.Module:
         return VisionUpper(model.vision)
     if graph == VISION_UPPER_FRAMES:
         return VisionUpperFrames(model.vision)
+    if graph == CONNECTOR:
+        return ConnectorAlone(model.vision.connector)
     if graph == DECODER:
         return DecoderStep(model.language)
     raise KeyError(graph)

@@ -20,7 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from stts_export.config import ModelConfig
 from stts_export.errors import VerificationError
-from stts_export.tensors import DECODER, VISION_LOWER, VISION_UPPER
+from stts_export.tensors import CONNECTOR, DECODER, VISION_LOWER, VISION_UPPER
 
 OPSET = 20
 
@@ -84,6 +84,8 @@ def expected_counts(graph: str, config: ModelConfig) -> dict[str, int]:
         return {"Attention": vision.split_at + (vision.pruning is not None)}  # and the pooler's
     if graph == VISION_UPPER:
         return {"Attention": vision.num_layers - vision.split_at + 1}  # and the connector's
+    if graph == CONNECTOR:
+        return {"Attention": 1}
     if graph == DECODER:
         return {
             "Attention": layers,

@@ -101,12 +101,15 @@ class Decoder(nn.Module):
         Returns:
             (N, L, C).
         """
-        table = torch.cat([self.embedding, self.new_embedding])
         is_patch = ids == self.config.tokens.im_patch
         row = is_patch.flatten().long().cumsum(0) - 1
         added = features.index_select(0, row.clamp(0, features.shape[0] - 1))
         added = torch.where(is_patch.flatten()[:, None], added, torch.zeros_like(added))
-        return F.embedding(ids, table) + added.reshape(*ids.shape, -1)
+        return self.lookup(ids) + added.reshape(*ids.shape, -1)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows of the embeddings, the new ones below the others; (N, L) to (N, L, C)."""
+        return F.embedding(ids, torch.cat([self.embedding, self.new_embedding]))
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (N, L, d/2) f32 for integer positions (N, L)."""
@@ -133,7 +136,9 @@ class Decoder(nn.Module):
             x = x + block.feed_forward(block.ff_norm(x))
         return self.norm(x).to(x.dtype)
 
-    def forward(self, ids: Tensor, features: Tensor, visual_group: Tensor) -> Tensor:
+    def forward(
+        self, ids: Tensor, features: Tensor, visual_group: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """Logits of whole sequences, without a cache.
 
         Args:
@@ -141,14 +146,17 @@ class Decoder(nn.Module):
             features: (M, C); see `embed`.
             visual_group: (N, L) integer, the clip that a visual token belongs to, -1 for text.
                 Tokens of one group see each other in both directions when the model says so.
+            positions: (N, L) integer, of the rotary embedding; 0, 1, ... when None. Which token
+                comes before which is the order of the sequence, whatever they are.
 
         Returns:
             (N, L, V) f32.
         """
-        positions = torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
+        order = torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
         mask = attention_mask(
-            positions, visual_group, positions, visual_group, self.config.bidirectional_visual
+            order, visual_group, order, visual_group, self.config.bidirectional_visual
         )
+        positions = order if positions is None else positions
         x = self.transform(self.embed(ids, features), positions, mask, lambda _, k, v: (k, v))
         return self.lm_head(x).float()
 

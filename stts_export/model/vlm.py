@@ -81,6 +81,26 @@ class SttsModel(nn.Module):
         features = self.vision.upper(bins, plan.segment).flatten(0, 1)[plan.kept_slot]
         return EncodedClip(hidden, scores, keep, features, plan)
 
+    def encode_images(self, crops: Tensor, pooled_patches: Tensor) -> Tensor:
+        """Encode the crops of images, from which nothing is ever removed.
+
+        Args:
+            crops: (n, height, width, 3) uint8 at the model's size.
+            pooled_patches: (N, P) integer, the patches that make up a token: indices into the
+                patches of all crops, row by row in each; -1 for none.
+
+        Returns:
+            (N, C): what is added to the `<im_patch>` embeddings.
+        """
+        if self.config.vision.pruning:
+            x = self.vision.before_scoring(crops)
+            fresh = self._fresh(crops, 0)
+            hidden = self.vision.after_scoring(x, self._score(x, fresh), fresh)
+        else:
+            hidden = self.vision.lower_plain(crops)
+        tapped = self.vision.tapped(hidden).flatten(0, 1)
+        return self.vision.connector.pool(tapped, self.vision.in_window_order(pooled_patches))
+
     def choose(self, frames: Tensor, prune_ratio: float) -> tuple[Tensor, Tensor]:
         """Score a clip and select its windows, as `encode` does, without the rest of the tower.
 
@@ -111,12 +131,30 @@ class SttsModel(nn.Module):
         visual = torch.tensor(self.config.tokens.visual, device=ids.device)
         return torch.isin(ids, visual).long() - 1
 
-    def greedy(self, ids: Tensor, features: Tensor, max_new_tokens: int) -> list[int]:
-        """Continue one compact prompt (L,) by the most likely token; recomputes, so for checks."""
+    def greedy(
+        self,
+        ids: Tensor,
+        features: Tensor,
+        max_new_tokens: int,
+        positions: Tensor | None = None,
+    ) -> list[int]:
+        """Continue one prompt by the most likely token; recomputes all of it, so for checks.
+
+        Args:
+            ids: (L,), without the tokens of removed windows.
+            features: see `Decoder.embed`.
+            max_new_tokens: new tokens; the end of an answer stops nothing.
+            positions: (L,) rotary positions of the prompt, 0, 1, ... when None; new tokens go on
+                after the last of them.
+        """
         sequence = ids[None]
         groups = self.visual_groups(sequence)
+        places = torch.arange(len(ids), device=ids.device) if positions is None else positions
+        places = places[None]
         for _ in range(max_new_tokens):
-            token = self.language(sequence, features, groups)[:, -1].argmax(-1, keepdim=True)
+            logits = self.language(sequence, features, groups, places)
+            token = logits[:, -1].argmax(-1, keepdim=True)
             sequence = torch.cat([sequence, token], dim=1)
             groups = torch.cat([groups, torch.full_like(token, -1)], dim=1)
+            places = torch.cat([places, places[:, -1:] + 1], dim=1)
         return sequence[0, len(ids) :].tolist()

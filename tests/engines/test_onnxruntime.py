@@ -23,6 +23,7 @@ def _decoder_inputs(
         "input_ids": np.array([[1, 2, 3]]),
         "features": np.zeros((1, bundle.config.text.hidden_size), np.float32),
         "visual_group": np.full((1, 3), -1, np.int32),
+        "position_ids": np.arange(3)[None],
         "cache_position": np.array([0]),
     }, cache
 

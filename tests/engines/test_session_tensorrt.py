@@ -24,7 +24,6 @@ from stts_export.engines.runner import EngineError
 from stts_export.errors import InputError, MissingDependencyError, SttsError
 from stts_export.repro import Call, Difference, Recorder, write_repro
 from stts_export.runtime import planner
-from stts_export.runtime.video import VideoClip
 from stts_export.tolerances import difference
 from stts_export.verify import verify
 from tests.engines.test_cuda import DlpackArray, Foreign
@@ -173,13 +172,6 @@ def test_masks_of_the_caller(session: Session, reference: Session):
     _same(session.encode(frames, keep=everything), reference.encode(frames, keep=everything))
 
 
-def test_images_are_not_pruned(session: Session, reference: Session):
-    image = VideoClip(random_frames(1), np.zeros(1), 0.0, 0.0, "x.png", (84, 126), True)
-    got = session.encode(image, 0.5)
-    _same(got, reference.encode(image, 0.5))
-    assert got.keep.all()
-
-
 def test_who_selects(session: Session, machine: Machine):
     calls: list[Call] = []
     session.runners = {n: Recorder(n, r, calls) for n, r in session.runners.items()}
@@ -236,7 +228,9 @@ def test_a_call_on_device_arrays_can_be_captured(session: Session):
     G, D = config.vision.patches_per_window, config.vision.hidden_size
     bins, segment = runner.zeros((2, 6 * G, D), np.float32), runner.zeros((2, 6), np.int32)
     features = runner.zeros((2, 6, config.text.hidden_size), np.float32)
-    inputs, outputs = {"bins": bins, "segment": segment}, {"packed_features": features}
+    tapped = runner.zeros((2, 6 * G, D * len(config.vision.taps)), np.float32)
+    inputs = {"bins": bins, "segment": segment}
+    outputs = {"packed_features": features, "tapped": tapped}
     assert runner(inputs, outputs) == {}
     of_zeros = features.to_host()
     with engines.stream.capture() as graph:
@@ -263,6 +257,7 @@ def test_arrays_that_tensorrt_does_not_take_where_they_lie(
             "input_ids": np.array([[5]]),
             "features": np.zeros((1, text.hidden_size), np.float32),
             "visual_group": np.full((1, 1), -1, np.int32),
+            "position_ids": np.array([[4]]),
             "cache_position": np.array([4]),
         }
         shape = (1, text.num_kv_heads, 5, text.head_dim)
@@ -555,7 +550,7 @@ def test_a_model_without_a_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     machine = _machine(monkeypatch, "10.3")
     frames, keep = random_frames(5), np.random.default_rng(1).random((5, 6)) < 0.5
     with Session.open(plain, threads=1) as reference, machine.open(bundle) as session:
-        assert set(session.runners) == {"vision_lower", "vision_upper", "decoder"}
+        assert set(session.runners) == {"vision_lower", "vision_upper", "connector", "decoder"}
         for settings in ({}, {"keep": keep}, {"keep": keep, "refill": "off"}):
             got = session.encode(frames, **settings)
             expected = reference.encode(frames, **settings)
@@ -586,7 +581,7 @@ def test_what_reproduces_a_difference_names_the_engine(
         session.next_token_logits(clip, prompt_ids(session.config, 2))
     (call,) = calls
     short = {
-        name: value[..., :1] if name in ("input_ids", "visual_group") else value
+        name: value[..., :1] if name in ("input_ids", "visual_group", "position_ids") else value
         for name, value in call.inputs.items()
     }
     short["features"] = short["features"][:1]

@@ -80,6 +80,7 @@ def test_every_version_builds_what_it_can(
     assert {name: engine.graph for name, engine in engines.engines.items()} == {
         "vision_lower": "vision_lower-decomposed" if decomposed else "vision_lower",
         "vision_upper": "vision_upper-decomposed" if decomposed else "vision_upper",
+        "connector": "connector-decomposed" if decomposed else "connector",
         "select_pack": "select_pack",
         "gather_windows": "gather_windows",
         "decoder": "decoder-decomposed" if decomposed else "decoder-fixed",
@@ -87,6 +88,8 @@ def test_every_version_builds_what_it_can(
     select = engines.engines["select_pack"]
     assert [tensor.is_shape for tensor in select.inputs] == [False, False, True]
     assert select.profiles[0]["kept_count"] == Range((1,), (48,), (96,))
+    pooled = engines.engines["connector"].profiles[0]["pooled_patches"]
+    assert pooled == Range((1, 4), (512, 4), (512, 4))
     decoder = engines.engines["decoder"]
     caches = {t.shape for t in decoder.inputs if t.name.startswith("past_key_values")}
     assert caches == {(1, 2, -1 if decomposed else 512, 16)}
@@ -199,7 +202,7 @@ def test_a_model_without_a_scorer_needs_no_plugin(install, monkeypatch: pytest.M
     config = ModelConfig.from_dict(small_config(), has_scorer=False)
     (target,) = tensorrt.targets((), prunes=False)
     specs = engine_specs(target, EngineSpec(config, "fp16", max_frames=4, max_tokens=64))
-    assert set(specs) == {"vision_lower", "vision_upper", "decoder"}
+    assert set(specs) == {"vision_lower", "vision_upper", "connector", "decoder"}
     assert target.plugin is None
     with pytest.raises(MissingDependencyError, match=r"libstts_plugins\.so is not there"):
         tensorrt.targets((), prunes=True)

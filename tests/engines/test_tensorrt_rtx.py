@@ -38,7 +38,9 @@ def test_engines_take_what_the_contract_says(rtx_bundle: Path):
     sets = {engines.target: engines for engines in bundle.engine_sets()}
     assert set(sets) == {"sm89", "sm120"}
     for engines in sets.values():
-        assert set(engines.engines) == {"vision_lower", "vision_upper", "gather_windows", "decoder"}
+        assert set(engines.engines) == {
+            "vision_lower", "vision_upper", "connector", "gather_windows", "decoder"
+        }  # fmt: skip
         lower, upper = engines.engines["vision_lower"], engines.engines["vision_upper"]
         assert [(t.name, t.dtype, t.shape) for t in lower.inputs] == [
             ("frames", "uint8", (-1, 378, 378, 3)),
@@ -50,6 +52,12 @@ def test_engines_take_what_the_contract_says(rtx_bundle: Path):
         ]  # fmt: skip
         assert lower.profiles[0]["fresh"] == Range((1,), (8,), (8,))
         assert upper.profiles[0]["segment"] == Range((1, 81), (8, 81), (8, 81))
+        connector = engines.engines["connector"]
+        assert [(t.name, t.dtype, t.shape) for t in connector.inputs] == [
+            ("patches", activation, (-1, 2 * vision.hidden_size)),
+            ("pooled_patches", "int32", (-1, 4)),
+        ]
+        assert connector.profiles[0]["patches"].max == (64 * 729, 2 * vision.hidden_size)
         gather = engines.engines["gather_windows"]
         assert gather.profiles[0]["hidden"].max == (16, 729, vision.hidden_size)
         decoder = engines.engines["decoder"]
@@ -73,7 +81,7 @@ def test_inspect_lists_engines(rtx_bundle: Path, capsys):
     text = capsys.readouterr().out
     assert "vision_upper engine, tensorrt-rtx 1.7.1.116 for sm120 (" in text
     assert "profile bins 1x729x64..8x729x64, segment 1x81..8x81" in text
-    assert text.count("as the network was, not read back from the engine") == 8
+    assert text.count("as the network was, not read back from the engine") == 10
     assert main(["inspect", str(rtx_bundle), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)["engines"]["tensorrt-rtx-1.7.1-sm89"]
     assert (values["backend"], values["target"]) == ("tensorrt-rtx", "sm89")
@@ -199,7 +207,7 @@ def test_a_bundle_becomes_another_without_torch_or_onnx(small_bundle: Path, tmp_
         [sys.executable, "-c", _WITHOUT, *command, *limits], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "[5/5] build decoder for tensorrt-rtx sm120" in done.stderr
+    assert "[6/6] build decoder for tensorrt-rtx sm120" in done.stderr
     first, second = Bundle.open(small_bundle), Bundle.open(output)
     second.check_hashes()
     assert second.manifest.targets == ("tensorrt-rtx-1.7.1-sm120", "onnxruntime")

@@ -111,8 +111,9 @@ def _calls(session: Session) -> list[tuple[str, dict[str, Any], dict[str, Device
         rows = rng.standard_normal((bins, patches, D)).astype(dtype)
         segment = np.repeat(np.arange(bins, dtype=np.int32)[:, None], W, axis=1)
         packed = empty(VISION_UPPER, (bins, W, text.hidden_size), dtype)
+        tapped = empty(VISION_UPPER, (bins, patches, D * len(vision.taps)), dtype)
         given = {"bins": filled(VISION_UPPER, rows), "segment": filled(VISION_UPPER, segment)}
-        calls.append((VISION_UPPER, given, {"packed_features": packed}))
+        calls.append((VISION_UPPER, given, {"packed_features": packed, "tapped": tapped}))
     return [*calls, _decode_call(session, empty, filled)]
 
 
@@ -126,6 +127,7 @@ def _decode_call(session: Session, empty: Any, filled: Any) -> Any:
         "input_ids": filled(DECODER, np.array([[5]])),
         "features": empty(DECODER, (1, text.hidden_size), dtype),
         "visual_group": filled(DECODER, np.array([[-1]], np.int32)),
+        "position_ids": empty(DECODER, (1, 1), "int64"),
         "cache_position": empty(DECODER, (1,), "int64"),
     }
     outputs = {"logits": empty(DECODER, (1, text.vocab_size), "float32")}

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from stts_export.bundle import Bundle
-from stts_export.errors import VerificationError
+from stts_export.errors import InputError, VerificationError
 from stts_export.graphs.check import check_graph
 from stts_export.graphs.export import export_graph
 from stts_export.graphs.modules import at_precision, module_for
 from stts_export.model.vlm import SttsModel
 from stts_export.tensors import (
+    CONNECTOR,
     DECODER,
     DECOMPOSED,
     PRECISIONS,
@@ -64,7 +65,7 @@ def test_files_have_the_contract_s_interface(golden_bundle: Path):
 def test_operators_are_those_that_engines_have(golden_bundle: Path):
     bundle = Bundle.open(golden_bundle)
     found: dict[str, set[str]] = {}
-    for name in (VISION_LOWER, VISION_UPPER, VISION_UPPER_FRAMES, DECODER):
+    for name in (VISION_LOWER, VISION_UPPER, VISION_UPPER_FRAMES, CONNECTOR, DECODER):
         model = onnx.load(bundle.graph(name), load_external_data=False)
         found[name] = {node.op_type for node in model.graph.node}
         opset = {entry.domain: entry.version for entry in model.opset_import}
@@ -138,7 +139,7 @@ def test_fp16_never_rounds_what_stays_fp32(model: SttsModel):
     assert torch.equal(half.get_parameter(norm), full.get_parameter(norm))
 
 
-@pytest.mark.parametrize("graph", [VISION_LOWER, VISION_UPPER, DECODER])
+@pytest.mark.parametrize("graph", [VISION_LOWER, VISION_UPPER, CONNECTOR, DECODER])
 def test_a_graph_that_differs_is_an_error(tmp_path: Path, graph: str):
     exported, other = random_model(seed=0), random_model(seed=0)
     with torch.no_grad():
@@ -156,5 +157,5 @@ def test_fp16_overflow_is_found(tmp_path: Path):
     model = random_model()
     with torch.no_grad():
         model.vision.blocks[3].get_parameter("feed_forward.w1.weight").mul_(1e5)
-    with pytest.raises(VerificationError, match="precision fp32"):
+    with pytest.raises(InputError, match="precision fp32"):
         export_graph(model, VISION_UPPER, "fp16", tmp_path)

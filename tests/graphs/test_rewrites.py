@@ -22,6 +22,7 @@ from stts_export.graphs.export import export_graph
 from stts_export.graphs.rewrites import TENSORRT_10_3, decompose, expected_counts
 from stts_export.tensors import (
     ACTIVATION,
+    CONNECTOR,
     DATA_FILE,
     DECODER,
     DECOMPOSED,
@@ -36,7 +37,7 @@ from stts_export.tensors import (
 from stts_export.tolerances import difference
 from tests.helpers import GOLDEN, random_model
 
-_GRAPHS = (VISION_LOWER, VISION_UPPER, DECODER)
+_GRAPHS = (VISION_LOWER, VISION_UPPER, CONNECTOR, DECODER)
 _FP32, _FP16, _INT64, _BOOL = (
     TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.BOOL,
 )  # fmt: skip
@@ -135,6 +136,7 @@ def test_decoding_through_both_forms_gives_the_same(golden_bundle: Path, config:
     ids[0, 100], ids[0, 302] = tokens.frame_start, tokens.im_patch
     features = rng.standard_normal((196, text.hidden_size)).astype(dtype)
     group = np.where(ids == tokens.im_patch, 0, -1).astype(np.int32)
+    positions = np.cumsum(rng.integers(1, 4, ids.shape), axis=1)
 
     names = [name for layer in range(text.num_layers) for name in past_names(layer)]
     written = [name for layer in range(text.num_layers) for name in present_names(layer)]
@@ -150,6 +152,7 @@ def test_decoding_through_both_forms_gives_the_same(golden_bundle: Path, config:
                 "input_ids": ids[:, at : at + length],
                 "features": features if at == 0 else features[:1],
                 "visual_group": group[:, at : at + length],
+                "position_ids": positions[:, at : at + length],
                 "cache_position": np.array([at]),
             }
             got = run({**{k: np.ascontiguousarray(v) for k, v in call.items()}, **cache})
