@@ -22,6 +22,7 @@ TRAINING = ROOT / "examples" / "demo_checkpoint" / "training.json"
 ACCURACY = ROOT / "benchmarks" / "results" / "demo_accuracy.json"
 SPEED = ROOT / "benchmarks" / "results" / "bench_prune_cpu.json"
 ENGINES = ROOT / "benchmarks" / "results" / "engine_build_cpu.json"
+FULL_SIZE = ROOT / "benchmarks" / "results" / "full_size_4b.json"
 TYPES = ("colour", "count", "direction", "order", "shape", "all")
 
 
@@ -94,6 +95,33 @@ def engines_table() -> str:
     return "\n".join(lines)
 
 
+def full_size_table() -> str:
+    """Time and memory of building and running a model of full size."""
+    results = json.loads(FULL_SIZE.read_text(encoding="utf-8"))
+    lines = [
+        "| step | seconds | memory of its own | file pages in memory |",
+        "|---|---|---|---|",
+    ]
+    for name in ("build", "answer"):
+        step = {**results["steps"], "answer": results["answer"]}[name]
+        lines.append(
+            f"| {name} | {step['seconds']:.0f} | {step['peak_anonymous'] / 1e9:.2f} GB | "
+            f"{step['peak_file'] / 1e9:.2f} GB |"
+        )
+    machine, settings = results["machine"], results["settings"]
+    checkpoint, bundle = (results[f"{what}_bytes"] / 1e9 for what in ("checkpoint", "bundle"))
+    load, memory = machine["load_average"][0], machine["memory"] / 1e9
+    lines.append("")
+    lines.append(
+        f"{results['shape'].upper()} shape with random weights, {settings['precision']}: "
+        f"checkpoint {checkpoint:.1f} GB, bundle {bundle:.1f} GB; the answer is "
+        f"{settings['tokens']} tokens about {settings['frames']} frames on ONNX Runtime, which "
+        f"was told to do with {settings['room'] / 1e9:.0f} GB. {machine['cpu']}, "
+        f"{machine['cores']} cores at load {load:g}, {memory:.0f} GB. `{results['command']}`."
+    )
+    return "\n".join(lines)
+
+
 def _row(rows: list[dict[str, Any]], frames: int, ratio: float) -> dict[str, Any]:
     return next(r for r in rows if (r["frames"], r["prune_ratio"]) == (frames, ratio))
 
@@ -102,6 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_table,
     "speed": speed_table,
     "engines": engines_table,
+    "full_size": full_size_table,
 }
 
 

@@ -5,6 +5,7 @@ Work is kept stage by stage; an interrupted build resumes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -31,14 +32,16 @@ from stts_export.bundle import (
     CONFIG_FOLDER,
     GRAPH_FOLDER,
     MANIFEST,
-    ONNXRUNTIME,
+    POSITIONS,
     Bundle,
     Limits,
     Manifest,
+    Positions,
     is_bundle,
     list_files,
     sha256,
 )
+from stts_export.chat_template import check_chat_template
 from stts_export.config import ModelConfig
 from stts_export.engines import tensorrt, tensorrt_rtx
 from stts_export.engines.engine_build import (
@@ -48,15 +51,25 @@ from stts_export.engines.engine_build import (
     engines_from_graphs,
 )
 from stts_export.engines.engine_set import ENGINE_FOLDER, TIMING_CACHE
-from stts_export.engines.library import TENSORRT, TENSORRT_RTX
+from stts_export.engines.library import BACKENDS, ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from stts_export.errors import InputError, MissingDependencyError, VerificationError
-from stts_export.files import readable_size, whole
-from stts_export.preprocessing import video_preprocessing
-from stts_export.runtime.planner import n_prune
+from stts_export.estimate import check_build
+from stts_export.files import whole
+from stts_export.limits import (
+    DEFAULT_MAX_FRAMES,
+    check_engine_frames,
+    check_tokens,
+    narrowed,
+    needed_tokens,
+)
+from stts_export.preprocessing import ImagePreprocessing, image_preprocessing, video_preprocessing
+from stts_export.progress import WRITING
 from stts_export.runtime.prompt import PromptBuilder
 from stts_export.tensors import (
     DECODER,
+    DECOMPOSED,
     FIXED,
+    MAX_CROPS,
     PRECISIONS,
     Precision,
     graph_file,
@@ -69,32 +82,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
-DEFAULT_MAX_FRAMES = 64
-MAX_ENGINE_FRAMES = 4096
-"""Longest clip of the plugin."""
-_FRAME_TOKENS, _TEXT_TOKENS = 12, 1024
-"""Room for a frame's timestamp and marks, and for question and answer together."""
 _MAX_BYTES = 2**63 - 1
 
 _EXPORTER = (
     "torch", "safetensors", "onnx", "onnxscript", "onnx_ir", "ml_dtypes", "onnxruntime",
 )  # fmt: skip
-# The checkpoint's own files that the runtime or its user may need.
-_CONFIG_FILES = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
-    "training.json", "LICENSE", "LICENSE.txt", "LICENSE.md",
-)  # fmt: skip
-_BYTES = {"fp32": 4, "fp16": 2}
-_ENGINE_CODE = 50_000_000
-"""Bytes that the engines of a target need beside their weights, at most."""
 
 OnStage = Callable[[str, int, int], None]
 """(what is done, number, of how many), called when a stage begins."""
+OnPlan = Callable[[str], None]
+"""Called with lines about memory and disk before the work begins."""
 OnProgress = Callable[[str, int, int], None]
-"""(engine, percent that is done, 100), called while an engine is built."""
+"""(engine, percent that is done, 100), called while an engine is built; (`WRITING` and a graph,
+tensors that are written, of how many), called while its weights are written."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,17 @@ class BuildSpec:
     """Device memory that an engine may use for temporary results of a layer, in bytes."""
     plugin: Path | None = None
     """See `engines.plugin.find_plugin`."""
+    positions: Positions | None = None
+    """Of tokens after pruning, see `bundle.Positions`; compact, or a bundle's own, when None."""
 
     def __post_init__(self) -> None:
         if self.precision not in (None, *PRECISIONS):
             raise InputError(
                 f"precision {self.precision!r}", where="build", allowed=" or ".join(PRECISIONS)
+            )
+        if self.positions not in (None, *POSITIONS):
+            raise InputError(
+                f"positions {self.positions!r}", where="build", allowed=" or ".join(POSITIONS)
             )
         if not self.backends:
             raise InputError("no back end", where="build", allowed=" or ".join(BACKENDS))
@@ -162,11 +168,14 @@ class BuildSpec:
 
 
 def bundle_from_checkpoint(
-    checkpoint: Path,
+    checkpoint: Path | str,
     output: Path,
     spec: BuildSpec | None = None,
     *,
+    revision: str | None = None,
+    tokenizer: Path | str | None = None,
     force: bool = False,
+    on_plan: OnPlan | None = None,
     on_stage: OnStage | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
@@ -179,9 +188,12 @@ def bundle_from_checkpoint(
         checkpoint: see `checkpoint.open_checkpoint`.
         output: folder to write; must not exist unless `force` and it is a bundle.
         spec: what to build.
+        revision: see `checkpoint.open_checkpoint`.
+        tokenizer: see `checkpoint.open_checkpoint`.
         force: replace an existing bundle.
+        on_plan: called with lines about what is needed.
         on_stage: called when a stage begins.
-        on_progress: called while an engine is built.
+        on_progress: called while weights are written and while an engine is built.
 
     Raises:
         InputError: the checkpoint, the output or the free disk space is at fault, another build
@@ -192,10 +204,10 @@ def bundle_from_checkpoint(
     spec = spec or BuildSpec()
     check_name(output)
     partial = output.with_name(output.name + ".partial")
-    with readable_disk_errors(checkpoint, partial):
-        check_apart(output, [checkpoint], "checkpoint")
+    with readable_disk_errors(Path(checkpoint), partial):
+        check_apart(output, [Path(checkpoint)], "checkpoint")
         check_paths(output, force)
-        if is_bundle(checkpoint):
+        if is_bundle(Path(checkpoint)):
             raise InputError(
                 "is a bundle already",
                 where=str(checkpoint),
@@ -205,25 +217,31 @@ def bundle_from_checkpoint(
         _check_exporter()
         from stts_export.checkpoint import check_tensors, open_checkpoint
 
-        source = open_checkpoint(checkpoint)
+        source = open_checkpoint(checkpoint, revision=revision, tokenizer=tokenizer)
+        stats = source.stats()
         check_tensors(source)
         _check_tokenizer(source)
-        plan = _plan(source.config, spec.precision or "fp32", _limits(source, spec), spec)
+        with source.config_folder() as folder:
+            images = image_preprocessing(folder, source.config.vision)
+        limits = _limits(source, spec)
+        plan = _plan(source.config, spec.precision or "fp32", limits, spec, images)
     with readable_disk_errors(source.folder, partial):
-        check_apart(output, [source.folder, *source.file_of.values()], "checkpoint")
-        stored = sum(path.stat().st_size for path in set(source.file_of.values()))
-        # A checkpoint of 2-byte weights doubles in fp32.
-        graph_bytes = int(stored * (2 if _BYTES[plan.precision] == 4 else 1) * 1.3)
-        _check_space(partial, plan, graph_bytes)
+        check_apart(output, [source.folder, *source.files], "checkpoint")
+        _check_fits(partial, plan, on_plan, tied=source.looks_tied, exported=False)
 
         def fill(begin: Callable[[str], None]) -> None:
-            graphs_from_checkpoint(source, partial, plan.precision, begin)
-            _copy_config(source.folder, partial / CONFIG_FOLDER)
+            try:
+                graphs_from_checkpoint(source, partial, plan.precision, begin, on_progress)
+            except Exception:  # of weights that were replaced under it, anything
+                source.check_unchanged(stats)
+                raise
+            source.write_config_files(partial / CONFIG_FOLDER)
 
         def manifest() -> Manifest:
-            return _manifest(source, partial, plan)
+            source.check_unchanged(stats)
+            return _manifest(source, partial, plan, spec.positions or "compact")
 
-        stamp = {**_fingerprint(spec, plan), "files": _stats(source)}
+        stamp = {**_fingerprint(spec, plan), "exporter": _exporter_versions(), "files": stats}
         stages = [f"{stage}{_EXPORT}" for stage in _export_stages(source, plan.precision)]
         work = _Work(output, partial, plan, stamp, stages, fill, manifest)
         _run(work, force, on_stage, on_progress)
@@ -236,6 +254,7 @@ def bundle_from_bundle(
     spec: BuildSpec,
     *,
     force: bool = False,
+    on_plan: OnPlan | None = None,
     on_stage: OnStage | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
@@ -249,6 +268,7 @@ def bundle_from_bundle(
         output: another folder; see `bundle_from_checkpoint`.
         spec: what to build, within the limits of the bundle.
         force: replace an existing bundle.
+        on_plan: called with lines about what is needed.
         on_stage: called when a stage begins.
         on_progress: called while an engine is built.
 
@@ -271,16 +291,18 @@ def bundle_from_bundle(
                 fix=f"name a back end: --backend {TENSORRT} or {TENSORRT_RTX}",
             )
         limits = _narrowed(source, spec)
-        plan = _plan(source.config, source.manifest.precision, limits, spec, bundle)
+        images = image_preprocessing(source.folder / CONFIG_FOLDER, source.config.vision)
+        plan = _plan(source.config, source.manifest.precision, limits, spec, images, bundle)
         files = _copied_files(source)
-        _check_space(partial, plan, sum(entry["size"] for entry in files.values()))
+        _check_fits(partial, plan, on_plan, exported=True)
 
         def fill(begin: Callable[[str], None]) -> None:
             begin(_COPY)
             _copy_files(source, partial, files, plan)
 
         def manifest() -> Manifest:
-            return _manifest_of_copy(source, partial, files, plan)
+            made = _manifest_of_copy(source, partial, files, plan)
+            return replace(made, positions=spec.positions or made.positions)
 
         stamp = {**_fingerprint(spec, plan), "files": files}
         work = _Work(output, partial, plan, stamp, [_COPY], fill, manifest)
@@ -334,11 +356,13 @@ def _plan(
     precision: Precision,
     limits: Limits,
     spec: BuildSpec,
+    images: ImagePreprocessing,
     bundle: Path | None = None,
 ) -> _Plan:
     """Find out before the work whether every target can be built."""
     if set(spec.backends) != {ONNXRUNTIME}:
         limits = _engine_limits(config, limits, spec)
+        _check_crops(images)
     targets: list[Target] = []
     names: list[str] = []
     for backend in dict.fromkeys(spec.backends):
@@ -359,21 +383,23 @@ def _plan(
 
 def _engine_limits(config: ModelConfig, limits: Limits, spec: BuildSpec) -> Limits:
     """Refuse clips that engines cannot take; shorten the longest sequence to what a clip needs."""
-    frames = limits.max_frames
-    if frames > MAX_ENGINE_FRAMES:
-        raise InputError(
-            f"max_frames is {frames}",
-            where="build",
-            allowed=f"up to {MAX_ENGINE_FRAMES} in engines",
-            fix=f"pass --max-frames, such as --max-frames {DEFAULT_MAX_FRAMES}",
-        )
+    check_engine_frames(limits.max_frames, "build")
     if spec.max_tokens is not None:
         return limits
-    windows = frames * config.vision.windows
-    if config.vision.pruning is not None:
-        windows -= n_prune(config.vision.windows, frames, limits.min_prune_ratio)
-    needed = windows + frames * _FRAME_TOKENS + _TEXT_TOKENS
+    needed = needed_tokens(config, limits.max_frames, limits.min_prune_ratio)
     return replace(limits, max_tokens=min(needed, limits.max_tokens))
+
+
+def _check_crops(images: ImagePreprocessing) -> None:
+    """Refuse images that engines cannot take."""
+    if images.max_crops >= MAX_CROPS:
+        raise InputError(
+            f"max_crops of images is {images.max_crops}",
+            where="build",
+            allowed=f"up to {MAX_CROPS - 1} in engines: {MAX_CROPS} with the whole image",
+            fix="lower max_crops in preprocessor_config.json, or build for "
+            f"--backend {ONNXRUNTIME} only",
+        )
 
 
 def _run(
@@ -419,16 +445,21 @@ def graphs_from_checkpoint(
     folder: Path,
     precision: Precision,
     begin: Callable[[str], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Export and check the graphs that are not in `folder` yet.
+
+    Weights go from the checkpoint's files to the graphs' tensor by tensor, and are read again where
+    a graph is compared: nothing holds more than a layer of them.
 
     Args:
         source: the checkpoint.
         folder: bundle, or the working folder of one.
         precision: type of weights and activations.
         begin: called when the export of a graph and its variants begins.
+        on_progress: called while weights are written, with (what, tensors, of how many).
     """
-    from stts_export.checkpoint import model_from_checkpoint
+    from stts_export.checkpoint import streamed_model
     from stts_export.graphs.export import export_graph
 
     stages = _export_stages(source, precision)
@@ -436,14 +467,15 @@ def graphs_from_checkpoint(
     todo = [stage for stage in stages if not (graphs / stage).is_dir()]
     if not todo:
         return
-    model = model_from_checkpoint(source)
+    model = streamed_model(source)
     unfinished = graphs / "unfinished"
     for stage in todo:
         if begin:
             begin(f"{stage}{_EXPORT}")
         shutil.rmtree(unfinished, ignore_errors=True)
         for name in stages[stage]:
-            export_graph(model, name, precision, unfinished)
+            on_tensor = functools.partial(on_progress, f"{WRITING}{name}") if on_progress else None
+            export_graph(model, name, precision, unfinished, on_tensor)
         os.replace(unfinished / stage, graphs / stage)
     unfinished.rmdir()
 
@@ -461,6 +493,11 @@ def _check_exporter() -> None:
         ) from None
 
 
+def _exporter_versions() -> dict[str, str]:
+    """Other versions make other graphs."""
+    return {name: str(getattr(import_module(name), "__version__", "")) for name in _EXPORTER}
+
+
 def _fingerprint(spec: BuildSpec, plan: _Plan) -> dict[str, Any]:
     """What a rerun must have in common to go on from what is there."""
     plugins = {target.plugin for target in plan.targets if target.plugin}
@@ -473,43 +510,45 @@ def _fingerprint(spec: BuildSpec, plan: _Plan) -> dict[str, Any]:
     }
 
 
-def _stats(source: Checkpoint) -> dict[str, list[int]]:
-    files = sorted({*source.file_of.values(), source.folder / "config.json"})
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+def _check_fits(
+    partial: Path, plan: _Plan, on_plan: OnPlan | None, *, tied: bool = False, exported: bool
+) -> None:
+    """Say what the build will need, and refuse before hours are spent; see `check_build`."""
+    lines = check_build(
+        plan.config,
+        output=partial,
+        precision=plan.precision,
+        max_frames=plan.limits.max_frames,
+        max_tokens=plan.limits.max_tokens,
+        min_prune_ratio=plan.limits.min_prune_ratio,
+        backends=tuple(
+            (target.backend, any(name.endswith(DECOMPOSED) for name in target.graphs))
+            for target in plan.targets
+        ),
+        tied=tied,
+        exported=exported,
+        done=sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()),
+    )
+    if on_plan:
+        for line in lines:
+            on_plan(line)
 
 
-def _check_space(partial: Path, plan: _Plan, graph_bytes: int) -> None:
-    """Refuse before hours are spent; an upper bound from the size of the graphs.
-
-    A set of engines is about as large as the graphs: both are weights for the most part.
-    """
-    needed = graph_bytes * (1 + len(plan.targets)) + _ENGINE_CODE * len(plan.targets)
-    done = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    folder = next(folder for folder in partial.absolute().parents if folder.exists())
-    usage = shutil.disk_usage(folder)
-    if usage.total and usage.free < needed - done:  # /proc has no total
-        raise InputError(
-            f"{readable_size(usage.free)} free",
-            where=str(folder),
-            allowed=f"about {readable_size(needed)} for this bundle",
-            fix="free some space, choose another disk with -o, or build with --precision fp16",
-        )
-
-
-def _manifest(source: Checkpoint, folder: Path, plan: _Plan) -> Manifest:
+def _manifest(source: Checkpoint, folder: Path, plan: _Plan, positions: Positions) -> Manifest:
     return Manifest(
         has_scorer=source.has_scorer,
         precision=plan.precision,
         limits=plan.limits,
         graphs=tuple(graph_specs(source.config, plan.precision)),
         targets=plan.manifest_targets,
-        source=source.folder.name,
+        source=source.name,
         tool_versions={
             **{name: version(name) for name in ("torch", "onnx", "onnxscript")},
             **_engine_tools(plan),
         },
-        licences=_licences(source.folder),
+        licences=_licences(source),
         files=list_files(folder, ignore=(STAMP, LOCK)),
+        positions=positions,
     )
 
 
@@ -591,70 +630,45 @@ def _narrowed(source: Bundle, spec: BuildSpec) -> Limits:
             where=where,
             fix=f"leave --precision out, or build {spec.precision} from the checkpoint",
         )
-    for name in ("max_frames", "max_tokens"):
-        asked, most = getattr(spec, name), getattr(own, name)
-        if asked is not None and asked > most:
-            raise InputError(
-                f"{name} is {asked}",
-                where=where,
-                allowed=f"up to {most}, the bundle's limit",
-                fix="leave it out, or build a new bundle from the checkpoint",
-            )
-    if spec.min_prune_ratio is not None and spec.min_prune_ratio < own.min_prune_ratio:
-        raise InputError(
-            f"min_prune_ratio is {spec.min_prune_ratio:g}",
-            where=where,
-            allowed=f"{own.min_prune_ratio:g} or more, the bundle's limit",
-            fix="leave it out, or build a new bundle from the checkpoint",
-        )
-    return Limits(
-        max_frames=spec.max_frames or own.max_frames,
-        max_tokens=spec.max_tokens or own.max_tokens,
-        min_prune_ratio=own.min_prune_ratio
-        if spec.min_prune_ratio is None
-        else spec.min_prune_ratio,
-        max_fps=own.max_fps,
+    return narrowed(
+        own,
+        where,
+        max_frames=spec.max_frames,
+        max_tokens=spec.max_tokens,
+        min_prune_ratio=spec.min_prune_ratio,
     )
 
 
 def _check_tokenizer(source: Checkpoint) -> None:
-    """Find out before the work whether the bundle will take text."""
-    if (source.folder / "tokenizer.json").exists():
-        PromptBuilder.from_folder(source.folder, source.config)
+    """Find out before the work whether the bundle will take text, and say whether it will prune."""
+    if not source.has_scorer:
+        log.warning("%s has no scorer: the bundle will remove nothing", source.name)
+    if "tokenizer.json" in source.config_files:
+        with source.config_folder() as folder:
+            check_chat_template(folder)
+            PromptBuilder.from_folder(folder, source.config)
     else:
         log.warning(
-            "%s has no tokenizer.json: the bundle takes prompts as token ids only", source.folder
+            "%s has no tokenizer.json: the bundle takes prompts as token ids only; "
+            "--tokenizer adds one",
+            source.name,
         )
 
 
 def _limits(source: Checkpoint, spec: BuildSpec) -> Limits:
-    video = video_preprocessing(source.folder, source.config.vision)
-    longest = source.config.text.max_position_embeddings
-    if spec.max_tokens is not None and spec.max_tokens > longest:
-        raise InputError(
-            f"max_tokens is {spec.max_tokens}",
-            where="build",
-            allowed=f"up to {longest}, the checkpoint's max_position_embeddings",
-        )
+    with source.config_folder() as folder:
+        video = video_preprocessing(folder, source.config.vision)
+    check_tokens(source.config, spec.max_tokens, "build")
     return Limits(
         max_frames=spec.max_frames or video.num_frames or DEFAULT_MAX_FRAMES,
-        max_tokens=spec.max_tokens or longest,
+        max_tokens=spec.max_tokens or source.config.text.max_position_embeddings,
         min_prune_ratio=spec.min_prune_ratio or 0.0,
         max_fps=video.max_fps,
     )
 
 
-def _copy_config(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for name in _CONFIG_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
-
-
-def _licences(source: Path) -> dict[str, str]:
-    held = [
-        name for name in _CONFIG_FILES if name.startswith("LICENSE") and (source / name).exists()
-    ]
+def _licences(source: Checkpoint) -> dict[str, str]:
+    held = [name for name in source.config_files if name.startswith("LICENSE")]
     return {
         "stts-export": "Apache-2.0",
         "weights": f"config/{held[0]}" if held else "not stated by the checkpoint",

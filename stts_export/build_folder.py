@@ -104,7 +104,7 @@ def locked(partial: Path) -> Iterator[None]:
             held = False
         if not held:
             raise InputError(
-                "another build is writing here",
+                "another build or conversion is writing here",
                 where=str(partial),
                 fix="wait for it, or choose another output",
             )
@@ -161,19 +161,39 @@ def _old_name(output: Path) -> Path:
 
 @contextmanager
 def readable_disk_errors(source: Path, partial: Path) -> Iterator[None]:
-    """Turn errors of the disk into ours; below `source` it was reading, elsewhere writing."""
+    """Turn errors of the disk into ours.
+
+    Args:
+        source: what is read; other files may be read too.
+        partial: working folder; in it, beside it under the output's names, and above it is written.
+    """
     try:
         yield
     except BrokenPipeError:  # of the terminal, not of a file
         raise
     except OSError as error:
-        file = error.filename if isinstance(error.filename, str) else str(partial)
+        # Of two names, the second is what was written.
+        named = error.filename2 or error.filename
+        file = os.fsdecode(named) if isinstance(named, str | bytes) else str(partial)
         problem = error.strerror or str(error)
-        if Path(os.path.abspath(file)).is_relative_to(os.path.abspath(source)):
-            raise InputError(f"cannot be read: {problem}", where=file) from error
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full or error.errno == errno.EROFS or _is_written(Path(file), source, partial)):
+            read = error.filename if isinstance(error.filename, str) else file
+            raise InputError(f"cannot be read: {problem}", where=read) from error
         remedy = "free space or choose another folder" if full else "choose another folder"
         done = f", then rerun: {partial} keeps what is done" if full and partial.is_dir() else ""
         raise InputError(
             f"cannot be written: {problem}", where=file, fix=f"{remedy}{done}"
         ) from error
+
+
+def _is_written(file: Path, source: Path, partial: Path) -> bool:
+    """Whether a file is of the output's, and not read."""
+    file, source, partial = (Path(os.path.abspath(path)) for path in (file, source, partial))
+    if file.is_relative_to(source):
+        return False
+    output = partial.parent / partial.name.removesuffix(".partial")
+    beside = [name for name in (file, *file.parents) if name.parent == output.parent]
+    return partial.is_relative_to(file) or any(
+        name.name == output.name or name.name.startswith(f"{output.name}.") for name in beside
+    )

@@ -38,9 +38,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
     real = export.export_graph
 
-    def recording(model, graph, precision, folder):
+    def recording(model, graph, *rest):
         done.append(graph)
-        return real(model, graph, precision, folder)
+        return real(model, graph, *rest)
 
     monkeypatch.setattr(export, "export_graph", recording)
     return done
@@ -52,7 +52,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "graphs_from_checkpoint", _stand_ins)
 
 
-def _stand_ins(source, folder, precision, begin=None):
+def _stand_ins(source, folder, precision, *_):
     for name in graph_specs(source.config, precision):
         file = folder / GRAPH_FOLDER / graph_file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def _stand_ins(source, folder, precision, begin=None):
 
 
 def _during_the_build(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    def graphs(source, folder, precision, begin=None):
+    def graphs(source, folder, precision, *_):
         _stand_ins(source, folder, precision)
         action()
 
@@ -76,10 +76,10 @@ def _names(folder: Path) -> set[str]:
 def _failing(monkeypatch: pytest.MonkeyPatch, graph: str, error: Exception) -> Callable[[], None]:
     real = export.export_graph
 
-    def failing(model, name, precision, folder):
+    def failing(model, name, *rest):
         if name == graph:
             raise error
-        return real(model, name, precision, folder)
+        return real(model, name, *rest)
 
     monkeypatch.setattr(export, "export_graph", failing)
     return lambda: monkeypatch.setattr(export, "export_graph", real)
@@ -96,14 +96,17 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
     assert not output.exists()
     lower = ["vision_lower", "vision_lower-decomposed"]
     upper = ["vision_upper", "vision_upper-decomposed", "vision_upper-frames"]
-    assert recorded == lower + upper
+    connector = ["connector", "connector-decomposed"]
+    assert recorded == lower + upper + connector
     recorded.clear()
     stages: list[tuple[str, int, int]] = []
     bundle_from_checkpoint(small_checkpoint, output, on_stage=lambda *stage: stages.append(stage))
-    assert recorded == ["decoder", "decoder-decomposed", "select_pack", "gather_windows"]
+    assert recorded == [
+        "decoder", "decoder-decomposed", "decoder-split", "select_pack", "gather_windows"
+    ]  # fmt: skip
     assert stages == [
-        (f"{graph}: export and compare with PyTorch", number, 5)
-        for number, graph in ((3, "decoder"), (4, "select_pack"), (5, "gather_windows"))
+        (f"{graph}: export and compare with PyTorch", number, 6)
+        for number, graph in ((4, "decoder"), (5, "select_pack"), (6, "gather_windows"))
     ]
     Bundle.open(output).check_hashes()
     assert _names(tmp_path) == {"bundle"}
@@ -124,6 +127,55 @@ def test_another_spec_does_not_resume(
     bundle_from_checkpoint(small_checkpoint, output, BuildSpec(precision="fp16"))
     assert recorded[0] == "vision_lower"
     assert Bundle.open(output).manifest.precision == "fp16"
+
+
+def test_another_checkpoint_of_the_same_sizes_and_times_does_not_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: list[str]
+):
+    output, folder = tmp_path / "bundle", random_checkpoint(tmp_path / "c")
+    for path in folder.iterdir():
+        os.utime(path, (10**9, 10**9))
+    restore = _failing(monkeypatch, "decoder", KeyboardInterrupt())  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        bundle_from_checkpoint(folder, output)
+    restore()
+    recorded.clear()
+    random_checkpoint(folder, seed=1)
+    for path in folder.iterdir():
+        os.utime(path, (10**9, 10**9))
+    bundle_from_checkpoint(folder, output)
+    assert recorded[0] == "vision_lower"
+
+
+def test_another_exporter_does_not_resume(
+    tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, recorded: list[str]
+):
+    output = tmp_path / "bundle"
+    restore = _failing(monkeypatch, "vision_upper", KeyboardInterrupt())  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        bundle_from_checkpoint(small_checkpoint, output)
+    restore()
+    recorded.clear()
+    monkeypatch.setattr("onnxscript.__version__", "99")
+    bundle_from_checkpoint(small_checkpoint, output)
+    assert recorded[0] == "vision_lower"
+
+
+@pytest.mark.parametrize("when", ["before the last graph", "after it"])
+def test_a_checkpoint_that_is_replaced_during_the_build_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    folder = random_checkpoint(tmp_path / "c")
+
+    def replace_weights() -> None:
+        random_checkpoint(folder, seed=1)
+        if when != "after it":
+            raise VerificationError("report this export")
+
+    _during_the_build(monkeypatch, replace_weights)
+    with pytest.raises(InputError, match=r"was changed while it was read: .*model\.safetensors"):
+        bundle_from_checkpoint(folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_full_disk_is_one_message_and_no_bundle(
@@ -350,7 +402,12 @@ def test_a_folder_without_permission(tmp_path: Path, small_checkpoint: Path):
 
 
 @pytest.mark.parametrize(
-    ("file", "message"), [("LICENSE", "cannot be read"), (None, "cannot be written")]
+    ("file", "message"),
+    [
+        ("LICENSE", "cannot be read"),
+        ("/elsewhere/tokenizer.json", "cannot be read"),
+        (None, "cannot be written"),
+    ],
 )
 def test_reading_and_writing_errors_are_told_apart(
     tmp_path: Path,
@@ -631,7 +688,9 @@ def test_a_source_with_other_limits_does_not_resume(
     bundle_from_bundle(small_bundle, source, narrow, force=True)
     quick_engines.clear()
     bundle_from_bundle(source, output, spec)
-    assert quick_engines == ["vision_lower", "vision_upper", "gather_windows", "decoder"]
+    assert quick_engines == [
+        "vision_lower", "vision_upper", "connector", "gather_windows", "decoder"
+    ]  # fmt: skip
     bundle = Bundle.open(output)
     (engines,) = bundle.engine_sets()
     assert bundle.manifest.limits.max_frames == 4
@@ -686,6 +745,22 @@ def test_clips_that_engines_cannot_take_are_refused_first(tmp_path: Path, small_
     bundle_from_checkpoint(small_checkpoint, tmp_path / "out", replace(spec, max_frames=4096))
 
 
+@pytest.mark.usefixtures("quick", "no_engines")
+def test_images_that_engines_cannot_take_are_refused_first(tmp_path: Path, small_checkpoint: Path):
+    checkpoint = Path(shutil.copytree(small_checkpoint, tmp_path / "c"))
+    settings = checkpoint / "preprocessor_config.json"
+    settings.write_text('{"max_crops": 64}')
+    spec = BuildSpec(backends=RTX, targets=("sm89",))
+    with pytest.raises(InputError, match="max_crops of images is 64\n  allowed: up to 63 in eng"):
+        bundle_from_checkpoint(checkpoint, tmp_path / "out", spec)
+    assert _names(tmp_path) == {"c"}
+    bundle = bundle_from_checkpoint(checkpoint, tmp_path / "cpu", BuildSpec())
+    with pytest.raises(InputError, match="max_crops of images is 64"):
+        bundle_from_bundle(bundle, tmp_path / "out", spec)
+    settings.write_text('{"max_crops": 63}')
+    bundle_from_checkpoint(checkpoint, tmp_path / "out", spec)
+
+
 @pytest.mark.parametrize("output", ["m", "m/inside"])
 @pytest.mark.parametrize("force", [False, True])
 def test_the_bundle_that_is_read_is_never_written_to(
@@ -729,3 +804,20 @@ def test_options_that_nothing_would_use_are_refused(values: dict[str, Any], mess
 def test_a_sequence_longer_than_the_model_is_refused(tmp_path: Path, small_checkpoint: Path):
     with pytest.raises(InputError, match="max_position_embeddings"):
         bundle_from_checkpoint(small_checkpoint, tmp_path / "b", BuildSpec(max_tokens=8193))
+
+
+@pytest.mark.usefixtures("quick", "no_engines")
+def test_positions_are_a_bundle_s_own_unless_others_are_asked_for(
+    tmp_path: Path, small_checkpoint: Path
+):
+    def positions(bundle: Path) -> str:
+        return Bundle.open(bundle).manifest.positions
+
+    gapped = BuildSpec(positions="gapped")
+    source = bundle_from_checkpoint(small_checkpoint, tmp_path / "gapped", gapped)
+    assert positions(source) == "gapped"
+    assert positions(bundle_from_checkpoint(small_checkpoint, tmp_path / "b")) == "compact"
+    spec = BuildSpec(backends=RTX, targets=("sm89",))
+    assert positions(bundle_from_bundle(source, tmp_path / "same", spec)) == "gapped"
+    other = replace(spec, positions="compact")
+    assert positions(bundle_from_bundle(source, tmp_path / "other", other)) == "compact"

@@ -14,6 +14,7 @@ import pytest
 
 from stts_export import __version__, cli, progress
 from stts_export.cli import main
+from stts_export.cli.common import size_in_bytes
 from stts_export.errors import InputError
 from stts_export.runtime import overlay, vision
 from stts_export.runtime.session import Session
@@ -309,7 +310,7 @@ def test_bad_options_of_building_from_a_bundle(
     ("text", "size"), [("4", 4 << 30), ("0.5g", 1 << 29), ("512M", 512 << 20), ("1K", 1024)]
 )
 def test_sizes_of_memory(text: str, size: int):
-    assert cli.build._memory(text) == size
+    assert size_in_bytes(text, "--memory-limit") == size
 
 
 def test_eval_refuses_ratios_that_are_no_numbers(small_bundle: Path, capsys):
@@ -400,15 +401,3 @@ def test_the_installed_command_starts():
     command = Path(sys.executable).with_name("stts-export")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"stts-export {__version__}\n"
-
-
-def test_an_image_is_never_pruned(small_bundle: Path, tmp_path: Path, capsys):
-    image = tmp_path / "picture.png"
-    image.write_bytes(png_bytes(np.zeros((40, 60, 3), np.uint8)))
-    with Session.open(small_bundle, threads=1) as session:
-        ids = prompt_ids(session.config, 1)
-    ids_file = tmp_path / "ids.json"
-    ids_file.write_text(json.dumps(ids))
-    arguments = ["run", str(small_bundle), str(image), "--prompt-ids", str(ids_file)]
-    assert main([*arguments, "--prune-ratio", "0.5"]) == 0
-    assert "images are not pruned" in capsys.readouterr().out

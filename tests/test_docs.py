@@ -70,7 +70,8 @@ def test_readme_commands_and_example_run(
 ):
     monkeypatch.chdir(workplace)
     commands = _commands(README)
-    assert {command[1] for command in commands} == {"build", "inspect", "run", "verify"}
+    verbs = {"build", "inspect", "run", "verify", "doctor", "estimate", "convert"}
+    assert {command[1] for command in commands} == verbs
     for command in commands:
         assert command[0] == "stts-export"
         assert main(command[1:]) == 0, (command, capsys.readouterr().err)

@@ -71,3 +71,25 @@ def test_training_there_is_refused_with_the_command_that_fixes_it():
     """)
     assert done.returncode == 4, done.stderr
     assert "pip install 'stts-export[train]'" in done.stderr
+
+
+def test_off_posix_only_what_writes_folders_is_refused(small_bundle: Path, tmp_path: Path):
+    def without_locks(*words: str) -> subprocess.CompletedProcess[str]:
+        return _run(f"""
+        class NoLocks:
+            def find_spec(self, name, path=None, target=None):
+                if name == "fcntl":
+                    raise ModuleNotFoundError("No module named 'fcntl'", name=name)
+
+        sys.modules.pop("fcntl", None)
+        sys.meta_path.insert(0, NoLocks())
+        from stts_export.cli import main
+        sys.exit(main({list(words)!r}))
+        """)
+
+    for verb in ("inspect", "estimate"):
+        done = without_locks(verb, str(small_bundle))
+        assert done.returncode == 0, done.stderr
+    done = without_locks("build", str(tmp_path / "c"), "-o", str(tmp_path / "b"))
+    assert done.returncode == 4, done.stderr
+    assert "POSIX" in done.stderr

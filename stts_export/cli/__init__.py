@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,17 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from stts_export._version import __version__
-from stts_export.cli import build, eval, inspect, run, train, verify
+from stts_export.cli import build, convert, doctor, estimate, eval, inspect, run, train, verify
 from stts_export.errors import MissingDependencyError, SttsError
 
 _VERBS: tuple[tuple[str, str, ModuleType], ...] = (
     ("build", "Build a bundle from a checkpoint or a bundle.", build),
     ("run", "Answer a question about a video.", run),
     ("inspect", "Show what a bundle holds.", inspect),
+    ("convert", "Write a checkpoint as a Hugging Face folder.", convert),
     ("verify", "Compare a bundle with its checkpoint.", verify),
+    ("estimate", "Tell the memory and disk that a build and a session will need.", estimate),
+    ("doctor", "Show what this machine has, what it can do, and how to close gaps.", doctor),
     ("train", "Train a model on synthetic clips.", train),
     ("eval", "Measure a bundle's accuracy on held-out clips.", eval),
 )
@@ -46,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 bad input, 3 verification failed, 4 something is not installed, 130 interrupted;
         2 (usage) is argparse's own exit.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot show is no reason to lose an answer.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
         stream=sys.stderr,
@@ -73,6 +81,12 @@ def _known_packages(verb: str) -> Iterator[None]:
         yield
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
+        if package == "fcntl":
+            raise MissingDependencyError(
+                "writes folders with locks of a POSIX system, which this one is not",
+                where=verb,
+                fix="run it on Linux (on Windows in WSL), and copy what it writes",
+            ) from None
         if package not in _PIP_NAME:
             raise
         raise MissingDependencyError(

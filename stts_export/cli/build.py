@@ -6,17 +6,26 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from stts_export.cli.common import Arguments, stages
+from stts_export.cli.common import (
+    Arguments,
+    bytes_below,
+    checkpoint_options,
+    path_or_name,
+    size_in_bytes,
+    stages,
+)
 from stts_export.errors import InputError
 from stts_export.files import readable_size
 
 
 def options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "source", type=Path, metavar="CHECKPOINT|BUNDLE",
-        help="Molmo2 or STTS checkpoint folder; or a bundle, to build engines from its graphs",
+        "source", type=path_or_name, metavar="CHECKPOINT|BUNDLE",
+        help="checkpoint: Hugging Face folder, olmo training folder, or a name on the hub "
+        "(OWNER/NAME); or a bundle, to build engines from its graphs",
     )  # fmt: skip
     verb.add_argument("-o", "--output", type=Path, required=True, help="bundle folder to write")
     verb.add_argument(
@@ -41,6 +50,10 @@ def options(verb: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     verb.add_argument("--min-prune-ratio", type=float, help="lowest ratio the bundle accepts (0)")
     verb.add_argument(
+        "--positions", choices=("compact", "gapped"),
+        help="of tokens after pruning: counted anew (compact, the default) or as before (gapped)",
+    )  # fmt: skip
+    verb.add_argument(
         "--memory-limit", metavar="SIZE",
         help="device memory for temporary results of a layer, in GiB or as 512M; all if absent",
     )  # fmt: skip
@@ -49,6 +62,7 @@ def options(verb: argparse.ArgumentParser) -> None:
         help="libstts_plugins.so, for tensorrt; looked for in STTS_PLUGIN_PATH, the bundle and "
         "the build tree if absent",
     )  # fmt: skip
+    checkpoint_options(verb)
     verb.add_argument("--force", action="store_true", help="replace an existing bundle")
 
 
@@ -63,21 +77,38 @@ def run(arguments: Arguments) -> int:
         min_prune_ratio=arguments.min_prune_ratio,
         backends=tuple(arguments.backend or ("onnxruntime",)),
         targets=_targets(arguments.target or ()),
-        memory_limit=_memory(arguments.memory_limit) if arguments.memory_limit else None,
+        memory_limit=size_in_bytes(arguments.memory_limit, "--memory-limit")
+        if arguments.memory_limit
+        else None,
         plugin=arguments.plugin,
+        positions=arguments.positions,
     )
 
     def on_stage(stage: str, number: int, total: int) -> None:
         print(f"[{number}/{total}] {stage}", file=sys.stderr, flush=True)
 
-    build = bundle_from_bundle if is_bundle(arguments.source) else bundle_from_checkpoint
+    if not is_bundle(Path(arguments.source)):
+        build = partial(
+            bundle_from_checkpoint,
+            arguments.source,
+            revision=arguments.revision,
+            tokenizer=arguments.tokenizer,
+        )
+    elif arguments.revision or arguments.tokenizer:
+        raise InputError(
+            "is a bundle, which has its own tokenizer",
+            where=str(arguments.source),
+            fix="leave --revision and --tokenizer out",
+        )
+    else:
+        build = partial(bundle_from_bundle, Path(arguments.source))
     started = time.perf_counter()
     with stages() as report:
         bundle = build(
-            arguments.source,
             arguments.output,
             spec,
             force=arguments.force,
+            on_plan=lambda line: print(line, file=sys.stderr, flush=True),
             on_stage=on_stage,
             on_progress=report,
         )
@@ -87,7 +118,7 @@ def run(arguments: Arguments) -> int:
         for engine in filter(None, (engine.command for engine in engines.engines.values())):
             print(f"in {bundle}: {engine}", file=sys.stderr)
     limits = opened.manifest.limits
-    print(f"{bundle}: {readable_size(_bytes_below(bundle))}, built in {seconds:.0f} s")
+    print(f"{bundle}: {readable_size(bytes_below(bundle))}, built in {seconds:.0f} s")
     print(f"takes up to {limits.max_frames} frames and {limits.max_tokens} tokens")
     return 0
 
@@ -96,22 +127,3 @@ def _targets(lists: Sequence[str]) -> tuple[str, ...]:
     """Split comma-separated lists; every target once."""
     names = (name.strip().lower() for text in lists for name in text.split(","))
     return tuple(dict.fromkeys(names))
-
-
-def _memory(text: str) -> int:
-    """Bytes of a size in GiB, or with a suffix K, M or G."""
-    scale = {"K": 2**10, "M": 2**20, "G": 2**30}
-    number, suffix = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "G")
-    try:
-        size = int(float(number) * scale[suffix])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise InputError(
-            f"size {text!r}", where="--memory-limit", allowed="GiB, or with a suffix, as 4G or 512M"
-        )
-    return size
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -124,6 +124,7 @@ def test_prefill_cost_is_what_runs(config, folder, keep, tmp_path):
         "input_ids": ids[None],
         "features": np.zeros((int(keep.sum()), text.hidden_size), np.float32),
         "visual_group": np.where(ids == config.tokens.im_patch, 0, -1).astype(np.int32)[None],
+        "position_ids": np.arange(len(ids))[None],
         "cache_position": np.zeros(1, np.int64),
     }
     counted = count_operations(folder / graph_file(DECODER), feeds, tmp_path)

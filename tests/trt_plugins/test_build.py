@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stts_export import __version__
-from stts_export.build import MAX_ENGINE_FRAMES
+from stts_export.limits import MAX_ENGINE_FRAMES
 from tests.trt_plugins.conftest import ROOT, run
 
 CHECK = ROOT / "cmake" / "check_library.py"
