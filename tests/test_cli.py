@@ -107,13 +107,15 @@ def test_bad_options_of_run(
     assert printed.err.count("error:") == 1
 
 
-def test_bad_files_of_run(small_bundle: Path, video: Path, tmp_path: Path, capsys):
+def test_bad_files_of_run(
+    small_bundle: Path, text_bundle: Path, video: Path, tmp_path: Path, capsys
+):
     broken = tmp_path / "ids.json"
     broken.write_text('["a"]')
     cases = [
         ([str(tmp_path), str(video), "-p", "x"], "is not a bundle"),
-        ([str(small_bundle), str(tmp_path / "no.mp4"), "-p", "x"], "no.mp4"),
-        ([str(small_bundle), str(broken), "-p", "x"], "ids.json"),
+        ([str(text_bundle), str(tmp_path / "no.mp4"), "-p", "x"], "no.mp4"),
+        ([str(text_bundle), str(broken), "-p", "x"], "ids.json"),
         ([str(small_bundle), str(video), "--prompt-ids", str(broken)], "array of integers"),
         ([str(small_bundle), str(video), "-p", "What?"], "without a tokenizer"),
     ]
@@ -124,10 +126,10 @@ def test_bad_files_of_run(small_bundle: Path, video: Path, tmp_path: Path, capsy
         assert printed.out == ""
 
 
-def test_a_truncated_video_is_refused(small_bundle: Path, video: Path, tmp_path: Path, capsys):
+def test_a_truncated_video_is_refused(text_bundle: Path, video: Path, tmp_path: Path, capsys):
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
-    assert main(["run", str(small_bundle), str(cut), "-p", "x"]) == 1
+    assert main(["run", str(text_bundle), str(cut), "-p", "x"]) == 1
     assert "cut.mp4" in capsys.readouterr().err
 
 

@@ -30,7 +30,7 @@ def test_a_build_killed_in_the_second_graph_keeps_the_first(tmp_path: Path, smal
     done = graphs / "vision_lower" / DATA_FILE
     written = done.stat()
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "vision_lower:" not in again.stderr
+    assert "] vision_lower:" not in again.stderr
     assert "[2/6] vision_upper:" in again.stderr
     kept = output / GRAPH_FOLDER / "vision_lower" / DATA_FILE
     assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == (written.st_mtime_ns, written.st_ino)
