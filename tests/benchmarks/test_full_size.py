@@ -35,7 +35,8 @@ def test_a_tiny_run_measures_every_step(tmp_path: Path, capsys: pytest.CaptureFi
     assert [stage["stage"].partition(":")[0] for stage in build["stages"]][:2] == [
         "start", "vision_lower",
     ]  # fmt: skip
-    assert results["answer"]["new_tokens"] == 4
+    assert results["answer"]["new_tokens"] == results["answer_with_room"]["new_tokens"] == 4
+    assert results["answer"]["room"] == 8 * 10**9
     low, high = results["answer"]["scores_from_to"]
     assert 0 < low < high < 1
     assert "vision_lower" in capsys.readouterr().out
