@@ -36,19 +36,6 @@ QUESTION = "What colour is the square?"
 
 
 @pytest.fixture(scope="module")
-def session(small_bundle: Path) -> Iterator[Session]:
-    with Session.open(small_bundle, threads=1) as session:
-        yield session
-
-
-@pytest.fixture(scope="module")
-def speaking(text_bundle: Path) -> Iterator[Session]:
-    """A session that takes text."""
-    with Session.open(text_bundle, threads=1) as session:
-        yield session
-
-
-@pytest.fixture(scope="module")
 def asked(speaking: Session) -> EncodedClip:
     return speaking.encode(random_frames(4, (48, 48)), 0.5)
 

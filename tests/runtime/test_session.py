@@ -37,19 +37,6 @@ def golden(golden_bundle: Path) -> Iterator[Session]:
 
 
 @pytest.fixture(scope="module")
-def session(small_bundle: Path) -> Iterator[Session]:
-    with Session.open(small_bundle, threads=1) as session:
-        yield session
-
-
-@pytest.fixture(scope="module")
-def speaking(text_bundle: Path) -> Iterator[Session]:
-    """A session that takes text."""
-    with Session.open(text_bundle, threads=1) as session:
-        yield session
-
-
-@pytest.fixture(scope="module")
 def model() -> SttsModel:
     return random_model()
 

@@ -53,12 +53,6 @@ def model(checkpoint: Path) -> SttsModel:
     return model_from_checkpoint(open_checkpoint(checkpoint))
 
 
-@pytest.fixture(scope="module")
-def speaking(text_bundle: Path) -> Iterator[Session]:
-    with Session.open(text_bundle, threads=1) as session:
-        yield session
-
-
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     file = tmp_path / "photo.png"
