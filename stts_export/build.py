@@ -65,7 +65,9 @@ from stts_export.limits import (
 from stts_export.preprocessing import ImagePreprocessing, image_preprocessing, video_preprocessing
 from stts_export.progress import WRITING
 from stts_export.runtime.prompt import PromptBuilder
+from stts_export.sizes import looks_tied
 from stts_export.tensors import (
+    DATA_FILE,
     DECODER,
     DECOMPOSED,
     FIXED,
@@ -294,7 +296,9 @@ def bundle_from_bundle(
         images = image_preprocessing(source.folder / CONFIG_FOLDER, source.config.vision)
         plan = _plan(source.config, source.manifest.precision, limits, spec, images, bundle)
         files = _copied_files(source)
-        _check_fits(partial, plan, on_plan, exported=True)
+        stored = files[f"{GRAPH_FOLDER}/{DECODER}/{DATA_FILE}"]["size"]
+        tied = looks_tied(source.config, plan.precision, stored)
+        _check_fits(partial, plan, on_plan, tied=tied, exported=True)
 
         def fill(begin: Callable[[str], None]) -> None:
             begin(_COPY)
@@ -511,7 +515,7 @@ def _fingerprint(spec: BuildSpec, plan: _Plan) -> dict[str, Any]:
 
 
 def _check_fits(
-    partial: Path, plan: _Plan, on_plan: OnPlan | None, *, tied: bool = False, exported: bool
+    partial: Path, plan: _Plan, on_plan: OnPlan | None, *, tied: bool, exported: bool
 ) -> None:
     """Say what the build will need, and refuse before hours are spent; see `check_build`."""
     lines = check_build(

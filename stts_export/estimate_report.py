@@ -14,7 +14,7 @@ from stts_export.estimate import Estimate, estimate, nearest
 from stts_export.files import json_object, readable_size
 from stts_export.limits import DEFAULT_MAX_FRAMES, narrowed
 from stts_export.machine import available_memory, total_memory
-from stts_export.sizes import weights
+from stts_export.sizes import looks_tied
 from stts_export.tensors import DATA_FILE, DECODER, PRECISIONS, Precision
 
 
@@ -154,11 +154,7 @@ def _of_bundle(folder: Path, precision: str | None, asked: _Asked) -> _Found:
         min_prune_ratio=asked.min_prune_ratio,
     )
     stored = manifest.files[f"{GRAPH_FOLDER}/{DECODER}/{DATA_FILE}"]["size"]
-    sizes = {
-        tied: weights(bundle.config, tied=tied)[DECODER].nbytes(manifest.precision)
-        for tied in (False, True)
-    }
-    tied = abs(sizes[True] - stored) < abs(sizes[False] - stored)
+    tied = looks_tied(bundle.config, manifest.precision, stored)
     longest = bundle.config.text.max_position_embeddings
     return _Found(
         bundle.config, manifest.precision, limits.max_frames,

@@ -185,6 +185,12 @@ def graph_bytes(config: ModelConfig, precision: Precision, *, tied: bool = False
     return files
 
 
+def looks_tied(config: ModelConfig, precision: Precision, stored: int) -> bool:
+    """Whether a decoder's data file of `stored` bytes has no head of its own."""
+    tied, own = (weights(config, tied=tied)[DECODER].nbytes(precision) for tied in (True, False))
+    return abs(tied - stored) < abs(own - stored)
+
+
 def cache_bytes(config: ModelConfig, precision: Precision, tokens: int) -> int:
     """Bytes of the keys and values of a sequence."""
     text = config.text
