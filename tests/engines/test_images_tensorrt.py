@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from stts_export.errors import InputError
 from stts_export.repro import Call, Recorder
 from stts_export.runtime import vision
 from stts_export.tolerances import difference
-from tests.engines.test_session_tensorrt import VERSIONS, Machine, _build, _machine
+from tests.engines.machines import Machine
 from tests.helpers import image_ids, picture, random_checkpoint, random_frames
 from tests.model.test_images import square_config
 
@@ -28,41 +27,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = random_checkpoint(folder / "checkpoint", square_config(15))
     spec = BuildSpec(max_frames=MAX_FRAMES, max_tokens=800)
     return bundle_from_checkpoint(checkpoint, folder / "bundle", spec)
-
-
-@pytest.fixture(scope="module")
-def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("engines")
-
-    def get(version: str) -> Path:
-        bundle = folder / version
-        return bundle if bundle.exists() else _build(source, bundle, version)
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def reference(source: Path) -> Iterator[Session]:
-    with Session.open(source, threads=1) as session:
-        yield session
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def machine(version: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    machine = _machine(monkeypatch, version)
-    yield machine
-    machine.cuda.assert_no_violation()
-
-
-@pytest.fixture
-def session(version: str, machine: Machine, built: Callable[[str], Path]) -> Iterator[Session]:
-    with machine.open(built(version)) as session:
-        yield session
 
 
 @pytest.mark.parametrize("size", [(400, 700), (37, 300), (1, 1)])

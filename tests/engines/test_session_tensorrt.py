@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 
 from stts_export import Session
-from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
+from stts_export.build import BuildSpec, bundle_from_checkpoint
 from stts_export.bundle import Bundle
 from stts_export.engines.cuda import Memory, Stream
 from stts_export.engines.runner import EngineError
@@ -26,101 +25,24 @@ from stts_export.repro import Call, Difference, Recorder, write_repro
 from stts_export.runtime import planner
 from stts_export.tolerances import difference
 from stts_export.verify import verify
+from tests.engines.machines import RTX, Machine, build_engines, machine_of
 from tests.engines.test_cuda import DlpackArray, Foreign
 from tests.helpers import prompt_ids, random_checkpoint, random_frames
-from tests.standins.cuda import CudaStandin
-from tests.standins.fixtures import (
-    install_cuda,
-    install_tensorrt,
-    install_tensorrt_rtx,
-    plugin_library,
-    uninstall,
-)
+from tests.standins.fixtures import uninstall
 
 MAX_FRAMES = 20
-RTX = "rtx"
-VERSIONS = ("10.3", "11.4", RTX)
-"""Decomposed graphs and two caches; a cache updated in place; no plugin."""
-
-
-@dataclasses.dataclass
-class Machine:
-    """A stand-in GPU with a TensorRT."""
-
-    cuda: CudaStandin
-    trt: types.ModuleType
-    backend: str
-
-    def open(self, bundle: Path, **settings: Any) -> Session:
-        return Session.open(bundle, backend=self.backend, **settings)
-
-
-def _machine(patch: pytest.MonkeyPatch, version: str, **knobs: Any) -> Machine:
-    if version == RTX:
-        cuda = install_cuda(patch, **{"compute_capability": (8, 9), **knobs})
-        return Machine(cuda, install_tensorrt_rtx(patch, cuda), "tensorrt-rtx")
-    cuda = install_cuda(patch, **knobs)
-    return Machine(cuda, install_tensorrt(patch, version, cuda), "tensorrt")
-
-
-def _build(source: Path, folder: Path, version: str) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        machine = _machine(patch, version)
-        plugin = None
-        if version != RTX:
-            (folder.parent / "plugin").mkdir(exist_ok=True)
-            plugin = plugin_library(folder.parent / "plugin")
-        targets = ("sm89",) if version == RTX else ()
-        spec = BuildSpec(backends=(machine.backend,), targets=targets, plugin=plugin)
-        return bundle_from_bundle(source, folder, spec)
 
 
 @pytest.fixture(scope="module")
-def short_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = BuildSpec(precision="fp32", max_frames=MAX_FRAMES, max_tokens=400)
     folder = tmp_path_factory.mktemp("short") / "bundle"
     return bundle_from_checkpoint(small_checkpoint, folder, spec)
 
 
-@pytest.fixture(scope="module")
-def built(short_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Bundle with engines of a version, built once."""
-    folder = tmp_path_factory.mktemp("engines")
-
-    def get(version: str) -> Path:
-        bundle = folder / version
-        return bundle if bundle.exists() else _build(short_bundle, bundle, version)
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def reference(short_bundle: Path) -> Iterator[Session]:
-    with Session.open(short_bundle, threads=1) as session:
-        yield session
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def machine(version: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    machine = _machine(monkeypatch, version)
-    yield machine
-    machine.cuda.assert_no_violation()
-
-
 @pytest.fixture
 def bundle(version: str, built: Callable[[str], Path]) -> Path:
     return built(version)
-
-
-@pytest.fixture
-def session(machine: Machine, bundle: Path) -> Iterator[Session]:
-    with machine.open(bundle) as session:
-        yield session
 
 
 def _same(got: Any, expected: Any) -> None:
@@ -249,7 +171,7 @@ def test_arrays_that_tensorrt_does_not_take_where_they_lie(
     built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
     """Several of one size at once: each needs a copy of its own until the engine has run."""
-    machine = _machine(monkeypatch, "10.3")
+    machine = machine_of(monkeypatch, "10.3")
     with machine.open(built("10.3")) as session:
         runner, config = session.runners["decoder"], session.config
         text, rng = config.text, np.random.default_rng(2)
@@ -285,8 +207,8 @@ def test_arrays_that_tensorrt_does_not_take_where_they_lie(
 def test_half_precision(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spec = BuildSpec(precision="fp16", max_frames=9, max_tokens=200)
     half = bundle_from_checkpoint(small_checkpoint, tmp_path / "half", spec)
-    bundle = _build(half, tmp_path / "engines", "11.4")
-    machine = _machine(monkeypatch, "11.4")
+    bundle = build_engines(half, tmp_path / "engines", "11.4")
+    machine = machine_of(monkeypatch, "11.4")
     frames, prompt = random_frames(9), prompt_ids(Bundle.open(half).config, 9)
     with Session.open(half, threads=1) as reference, machine.open(bundle) as session:
         got, expected = session.encode(frames, 0.5), reference.encode(frames, 0.5)
@@ -413,7 +335,7 @@ def test_too_little_memory_for_the_engines(machine: Machine, bundle: Path):
 def test_another_gpu_is_refused_with_both_named(
     version: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    other = _machine(monkeypatch, version, compute_capability=(12, 0))
+    other = machine_of(monkeypatch, version, compute_capability=(12, 0))
     with pytest.raises(InputError, match=r"has no engines for tensorrt\S* \S+ on sm120") as error:
         other.open(bundle)
     text = str(error.value)
@@ -424,7 +346,7 @@ def test_another_gpu_is_refused_with_both_named(
 def test_another_tensorrt_is_refused_with_both_named(
     built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
-    other = _machine(monkeypatch, "10.16")
+    other = machine_of(monkeypatch, "10.16")
     with pytest.raises(InputError, match=r"has no engines for tensorrt 10\.16\.\S+ on") as error:
         other.open(built("10.3"))
     assert "tensorrt-10.3.0-sm87" in str(error.value)
@@ -457,7 +379,7 @@ def test_an_engine_that_is_not_the_listed_one(machine: Machine, bundle: Path, tm
 
 
 def test_a_machine_without_a_driver(version: str, bundle: Path, monkeypatch: pytest.MonkeyPatch):
-    machine = _machine(monkeypatch, version, driver=0)
+    machine = machine_of(monkeypatch, version, driver=0)
     with pytest.raises(MissingDependencyError, match="no usable NVIDIA GPU") as error:
         machine.open(bundle)
     assert error.value.exit_code == 4
@@ -490,7 +412,7 @@ def test_settings_that_engines_do_not_have(
 
 
 def test_the_second_gpu(version: str, bundle: Path, monkeypatch: pytest.MonkeyPatch):
-    machine = _machine(monkeypatch, version, devices=2)
+    machine = machine_of(monkeypatch, version, devices=2)
     with machine.open(bundle, device="cuda:1") as session:
         session.encode(random_frames(2), 0.5)
     assert {int(call["device"]) for call in machine.cuda.called("cudaSetDevice")} == {1}
@@ -501,11 +423,11 @@ def test_the_second_gpu(version: str, bundle: Path, monkeypatch: pytest.MonkeyPa
 def test_a_plugin_that_is_missing(
     built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    machine = _machine(monkeypatch, "10.3")
+    machine = machine_of(monkeypatch, "10.3")
     with pytest.raises(InputError, match=r"none\.so: is no file"):
         machine.open(built("10.3"), plugin=tmp_path / "none.so")
     machine.cuda.assert_clean()
-    rtx = _machine(monkeypatch, RTX)
+    rtx = machine_of(monkeypatch, RTX)
     with pytest.raises(InputError, match="plugins of tensorrt only"):
         rtx.open(built(RTX), plugin=tmp_path / "none.so")
 
@@ -515,7 +437,7 @@ def test_what_fails_by_default_can_be_run_on_the_cpu(
     version: str, bundle: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
 ):
     knobs = {"compute_capability": (12, 0)} if lacks == "engines" else {}
-    machine = _machine(monkeypatch, version, **knobs)
+    machine = machine_of(monkeypatch, version, **knobs)
     if lacks == "tensorrt":
         uninstall(monkeypatch, "tensorrt", "tensorrt_rtx")
     threads = 1 if lacks == "nothing" else None
@@ -533,12 +455,12 @@ def test_what_fails_by_default_can_be_run_on_the_cpu(
     assert "onnxruntime" not in str(alone.value)
 
 
-def test_the_first_target_is_the_default(machine: Machine, bundle: Path, short_bundle: Path):
+def test_the_first_target_is_the_default(machine: Machine, bundle: Path, source: Path):
     first = Bundle.open(bundle).manifest.targets[0]
     with Session.open(bundle) as session:
         assert session.backend == ("onnxruntime" if first == "onnxruntime" else machine.backend)
     with pytest.raises(InputError, match=f"not built for back end '{machine.backend}'") as error:
-        machine.open(short_bundle)
+        machine.open(source)
     assert f"--backend {machine.backend}" in str(error.value)
 
 
@@ -546,8 +468,8 @@ def test_a_model_without_a_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     spec = BuildSpec(precision="fp32", max_frames=6, max_tokens=200)
     checkpoint = random_checkpoint(tmp_path / "c", scorer=False)
     plain = bundle_from_checkpoint(checkpoint, tmp_path / "plain", spec)
-    bundle = _build(plain, tmp_path / "engines", "10.3")
-    machine = _machine(monkeypatch, "10.3")
+    bundle = build_engines(plain, tmp_path / "engines", "10.3")
+    machine = machine_of(monkeypatch, "10.3")
     frames, keep = random_frames(5), np.random.default_rng(1).random((5, 6)) < 0.5
     with Session.open(plain, threads=1) as reference, machine.open(bundle) as session:
         assert set(session.runners) == {"vision_lower", "vision_upper", "connector", "decoder"}
