@@ -255,10 +255,10 @@ def _prefill(opened: Graphs, case: Case, keep: NDArray[np.bool_], features: NDAr
     groups = visual_groups(ids, opened.config.tokens.visual)
 
     def first_token() -> decoder.Continuation:
+        cache = decoder.KVCache(opened.decoder, opened.config, "fp32", len(ids) + 1)
         return decoder.generate(
-            opened.decoder, opened.config, "fp32", ids, groups, features,
-            max_new_tokens=1, eos_ids=(),
-        )  # fmt: skip
+            opened.decoder, cache, ids, groups, features, max_new_tokens=1, eos_ids=()
+        )
 
     _, seconds = cpu_time(first_token)
     case.prompt = len(ids)

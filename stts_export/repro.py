@@ -88,6 +88,10 @@ class Recorder:
         """See `decoder.Runner`."""
         return self._runner.to_host(array)
 
+    def copy(self, target: Any, source: Any) -> None:
+        """See `decoder.Runner`."""
+        self._runner.copy(target, source)
+
     def __call__(
         self, inputs: dict[str, Any], in_place: dict[str, Any] | None = None
     ) -> dict[str, Any]:

@@ -11,12 +11,24 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from stts_export._version import __version__
-from stts_export.cli import build, convert, doctor, estimate, eval, inspect, run, train, verify
+from stts_export.cli import (
+    build,
+    convert,
+    doctor,
+    estimate,
+    eval,
+    inspect,
+    run,
+    train,
+    verify,
+    watch,
+)
 from stts_export.errors import MissingDependencyError, SttsError
 
 _VERBS: tuple[tuple[str, str, ModuleType], ...] = (
     ("build", "Build a bundle from a checkpoint or a bundle.", build),
     ("run", "Answer a question about a video.", run),
+    ("watch", "Answer a question about live video, again and again.", watch),
     ("inspect", "Show what a bundle holds.", inspect),
     ("convert", "Write a checkpoint as a Hugging Face folder.", convert),
     ("verify", "Compare a bundle with its checkpoint.", verify),
@@ -35,6 +47,7 @@ _PIP_NAME = {
     "onnxscript": "'stts-export[export]'",
     "onnx_ir": "'stts-export[export]'",
     "onnxruntime": "'stts-export[cpu]'",
+    "prometheus_client": "'stts-export[metrics]'",
     "tensorrt_rtx": "'stts-export[trt-rtx]'",
     "tensorrt": "'stts-export[trt]'",
     "cuda": "'stts-export[trt]'",
@@ -47,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 done, 1 bad input, 3 verification failed, 4 something is not installed, 130 interrupted;
-        2 (usage) is argparse's own exit.
+        0 done, 1 bad input, 3 verification failed, 4 something is not installed, 130 interrupted,
+        143 terminated; 2 (usage) is argparse's own exit.
     """
     for stream in (sys.stdout, sys.stderr):
         # What a terminal cannot show is no reason to lose an answer.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stts_export.errors import InputError
 from stts_export.progress import WRITING, Progress
+
+if TYPE_CHECKING:
+    from stts_export.runtime.logits import Sampling
 
 Arguments = argparse.Namespace
 Report = Callable[[str, int, int], None]
@@ -97,3 +101,63 @@ def backend_options(verb: argparse.ArgumentParser) -> None:
         "--plugin", type=Path, metavar="FILE",
         help="libstts_plugins.so, for tensorrt; found as by build if absent",
     )  # fmt: skip
+
+
+def generation_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--temperature", type=float,
+        help="0 (default) takes the most likely token; above 0 draws, 1 as the model says",
+    )  # fmt: skip
+    verb.add_argument("--top-k", type=int, metavar="N", help="draw from the N most likely tokens")
+    verb.add_argument(
+        "--top-p", type=float, metavar="P",
+        help="draw from the most likely tokens that have P together",
+    )  # fmt: skip
+    verb.add_argument(
+        "--repetition-penalty", type=float, metavar="R",
+        help="above 1 makes tokens of prompt and answer less likely",
+    )  # fmt: skip
+    verb.add_argument("--seed", type=int, help="draw the same again")
+    verb.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end the answer before this text (repeatable)",
+    )  # fmt: skip
+
+
+def sampling_of(arguments: Arguments) -> Sampling:
+    from stts_export.runtime.logits import Sampling
+
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("top_k", "top_p", "seed"):
+        if name in given and "temperature" not in given:
+            raise InputError(
+                f"{given[name]} is of no use: the most likely token is taken",
+                where=f"--{name.replace('_', '-')}",
+                fix="add a temperature, such as --temperature 0.7",
+            )
+    return Sampling(**given)
+
+
+def overlay_files(output: Path | None, sources: Sequence[str | Path]) -> list[Path]:
+    """Name each source's picture; none without an output.
+
+    Raises:
+        InputError: one cannot be written, or is a source.
+    """
+    if output is None:
+        return []
+    from stts_export.runtime.writing import check_not_source, check_writable
+
+    names = [output]
+    if len(sources) > 1:
+        numbers = range(1, len(sources) + 1)
+        names = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in numbers]
+    for name in names:
+        check_writable(name, (".mp4", ".png"))
+        for path in (name, name.with_suffix(".png")):
+            check_writable(path, (path.suffix.lower(),))
+            for source in sources:
+                check_not_source(path, source)
+    return names

@@ -6,14 +6,21 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from stts_export.cli.common import Arguments, backend_options, stages
+from stts_export.cli.common import (
+    Arguments,
+    backend_options,
+    generation_options,
+    overlay_files,
+    sampling_of,
+    stages,
+)
 from stts_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +53,15 @@ def options(verb: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     verb.add_argument("--max-frames", type=int, help="most frames to sample from each video")
     verb.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (64)")
-    _generation_options(verb)
+    generation_options(verb)
+    verb.add_argument(
+        "--logprobs", type=int, default=0, metavar="N",
+        help="report log-probabilities: of each token, and of the N most likely there",
+    )  # fmt: skip
+    verb.add_argument(
+        "--stream", action="store_true",
+        help="print the answer as it comes; to stderr with --json",
+    )  # fmt: skip
     verb.add_argument(
         "--refill", choices=("reference", "off"), default="reference",
         help="a frame alone in its bin gets its removed windows back as context (reference) or not",
@@ -62,57 +77,11 @@ def options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _generation_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--temperature", type=float,
-        help="0 (default) takes the most likely token; above 0 draws, 1 as the model says",
-    )  # fmt: skip
-    verb.add_argument("--top-k", type=int, metavar="N", help="draw from the N most likely tokens")
-    verb.add_argument(
-        "--top-p", type=float, metavar="P",
-        help="draw from the most likely tokens that have P together",
-    )  # fmt: skip
-    verb.add_argument(
-        "--repetition-penalty", type=float, metavar="R",
-        help="above 1 makes tokens of prompt and answer less likely",
-    )  # fmt: skip
-    verb.add_argument("--seed", type=int, help="draw the same again")
-    verb.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT",
-        help="end the answer before this text (repeatable)",
-    )  # fmt: skip
-    verb.add_argument(
-        "--logprobs", type=int, default=0, metavar="N",
-        help="report log-probabilities: of each token, and of the N most likely there",
-    )  # fmt: skip
-    verb.add_argument(
-        "--stream", action="store_true",
-        help="print the answer as it comes; to stderr with --json",
-    )  # fmt: skip
-
-
-def _sampling(arguments: Arguments) -> Sampling:
-    from stts_export.runtime.logits import Sampling
-
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    given = {name: getattr(arguments, name) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in ("top_k", "top_p", "seed"):
-        if name in given and "temperature" not in given:
-            raise InputError(
-                f"{given[name]} is of no use: the most likely token is taken",
-                where=f"--{name.replace('_', '-')}",
-                fix="add a temperature, such as --temperature 0.7",
-            )
-    return Sampling(**given)
-
-
 def run(arguments: Arguments) -> int:
     from stts_export.runtime.session import Session
 
-    sampling, subtitles = _sampling(arguments), _subtitles(arguments.subtitles)
-    for output in _overlays(arguments):
-        _check_overlay(output, arguments.files)
+    sampling, subtitles = sampling_of(arguments), _subtitles(arguments.subtitles)
+    overlays = overlay_files(arguments.overlay, arguments.files)
     prompt = arguments.prompt
     if arguments.prompt_ids:
         prompt = _read_ids(arguments.prompt_ids)
@@ -132,7 +101,7 @@ def run(arguments: Arguments) -> int:
     written: list[str] = []
     try:
         grid = session.config.vision.window_grid
-        for output, video, clip in zip(_overlays(arguments), clips, encoded, strict=False):
+        for output, video, clip in zip(overlays, clips, encoded, strict=False):
             for path in _write_overlay(output, grid, video, clip):
                 written.append(str(path))
                 if not arguments.json:
@@ -264,28 +233,6 @@ def _kept(values: Mapping[str, Any]) -> str:
         f"kept {values['kept_windows']} of {values['total_windows']} windows "
         f"in {values['frames']} frames ({removed})"
     )
-
-
-def _overlays(arguments: Arguments) -> list[Path]:
-    """Name of each file's picture; none without `--overlay`."""
-    output: Path | None = arguments.overlay
-    if output is None:
-        return []
-    if len(arguments.files) == 1:
-        return [output]
-    numbers = range(1, len(arguments.files) + 1)
-    return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in numbers]
-
-
-def _check_overlay(output: Path, files: Sequence[Path]) -> None:
-    """Refuse, before any work, names that cannot be written or that are an input."""
-    from stts_export.runtime.writing import check_not_source, check_writable
-
-    check_writable(output, (".mp4", ".png"))
-    for path in (output, output.with_suffix(".png")):
-        check_writable(path, (path.suffix.lower(),))
-        for file in files:
-            check_not_source(path, file)
 
 
 def _write_overlay(

@@ -87,6 +87,11 @@ class Runner:
         """Return the array itself: it lies on the host."""
         return array
 
+    @staticmethod
+    def copy(target: NDArray[Any], source: NDArray[Any]) -> None:
+        """Copy an array."""
+        target[...] = source
+
 
 def _leaves_no_room(file: Path) -> bool:
     """Whether copies of a graph's weights would take what the machine has; says so."""

@@ -82,7 +82,16 @@ class Runner:
     @staticmethod
     def to_host(array: DeviceArray) -> NDArray[Any]:
         """Wait for an array and copy it to the host."""
+        array.stream.activate()  # another thread may have another GPU
         return array.to_host()
+
+    def copy(self, target: DeviceArray, source: DeviceArray | NDArray[Any]) -> None:
+        """Copy an array of the host, or enqueue the copy of one on the GPU."""
+        self._memory.stream.activate()
+        if isinstance(source, DeviceArray):
+            target.copy_from(source)
+        else:
+            target.copy_from_host(source)
 
     def close(self) -> None:
         """Release the engine; its memory is the session's."""

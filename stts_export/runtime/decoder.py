@@ -6,7 +6,8 @@ Axes: L prompt tokens, K feature rows, C width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,6 +59,9 @@ class Runner(Protocol):
     def to_host(self, array: Any) -> NDArray[Any]:
         """Array of its own memory as a NumPy array."""
 
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy an array of the host or of its own memory into one of its own memory."""
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -99,6 +103,9 @@ class KVCache:
             for pair in zip(past_names(layer), present_names(layer), strict=True)
         ]
         self.length = 0
+        """Tokens that are in it; lowering it takes the last ones back."""
+        self.capacity = capacity
+        self._runner = runner
         self._names = names
         self._has_two = not runner.updates_in_place
         self.past = {past: runner.zeros(shape, ACTIVATION[precision]) for past, _ in names}
@@ -118,11 +125,42 @@ class KVCache:
             for past, present in self._names:
                 self.past[past], self.present[present] = self.present[present], self.past[past]
 
+    def remove(self, start: int, count: int) -> None:
+        """Take tokens out of the middle; later ones move up and keep their rotary positions.
+
+        Args:
+            start: first one, by its place.
+            count: how many.
+        """
+        kept, target = slice(start + count, self.length), slice(start, self.length - count)
+        for past, _ in self._names:
+            with self._on_host(past) as rows:
+                rows[:, target] = rows[:, kept].copy()
+        self.length -= count
+
+    def edit_keys(self, change: Callable[[int, NDArray[Any]], None]) -> None:
+        """Change keys where they lie.
+
+        Args:
+            change: gets the layer and its keys of all tokens, (kv_heads, length, head_dim).
+        """
+        for layer in range(len(self._names) // 2):
+            with self._on_host(past_names(layer)[0]) as rows:
+                change(layer, rows[:, : self.length])
+
+    @contextmanager
+    def _on_host(self, past: str) -> Iterator[NDArray[Any]]:
+        """Yield rows (kv_heads, capacity, head_dim) on the host; what is changed is kept."""
+        array = self.past[past]
+        host = self._runner.to_host(array)
+        yield host[0]
+        if host is not array:
+            self._runner.copy(array, host)
+
 
 def generate(
     runner: Runner,
-    config: ModelConfig,
-    precision: Precision,
+    cache: KVCache,
     ids: NDArray[np.int64],
     groups: NDArray[np.int32],
     features: NDArray[Any],
@@ -134,29 +172,31 @@ def generate(
     logprobs: int = 0,
     text: AnswerText | None = None,
     on_token: OnToken | None = None,
+    earlier: Sequence[int] | NDArray[np.integer[Any]] = (),
 ) -> Continuation:
     """Continue a sequence token by token until the answer ends.
 
     Args:
         runner: the `decoder` graph.
-        config: the model.
-        precision: of the graph.
-        ids: (L,) compact prompt.
+        cache: with room for `ids` and `max_new_tokens`; gets both.
+        ids: (L,) compact prompt, or what comes after the tokens in `cache`.
         groups: (L,) clip of a visual token, -1 for text.
         features: (K, C), one row per `<im_patch>`; a zero row when there is none.
         max_new_tokens: upper limit, 1 or more.
         eos_ids: tokens that end the answer; the one that does is not part of the result.
-        positions: (L,) rotary positions of the prompt, 0, 1, ... when None; new tokens go on after
-            the last of them.
+        positions: (L,) rotary positions of `ids`, from the cache's length on when None; new tokens
+            go on after the last of them.
         sampling: how tokens are chosen; the most likely ones when None.
         logprobs: how many of the most likely tokens to report beside each chosen one; 0: none.
         text: gets the tokens, and may end the answer.
         on_token: called with every new token as it is chosen.
+        earlier: tokens that are in `cache`, which the repetition penalty counts too.
     """
-    cache = KVCache(runner, config, precision, len(ids) + max_new_tokens)
     if positions is None:
-        positions = np.arange(len(ids))
-    choose = TokenChooser(sampling or Sampling(), ids)
+        positions = cache.length + np.arange(len(ids))
+    choose = TokenChooser(
+        sampling or Sampling(), np.concatenate([np.asarray(earlier, np.int64), ids])
+    )
     started = time.perf_counter()
     logits = step(runner, cache, ids, groups, features, positions)
     token = choose(logits)

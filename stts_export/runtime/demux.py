@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from stts_export.errors import InputError
-from stts_export.runtime.completeness import Statement, check_complete, check_picture, is_mp4
+from stts_export.runtime.completeness import (
+    Statement,
+    check_complete,
+    check_picture,
+    is_mp4,
+    matroska_ends_early,
+)
 from stts_export.runtime.frame_index import FrameIndex, PacketInfo
 
 _UNSTATED_RATE = Fraction(25)
@@ -50,11 +56,12 @@ class VideoFile:
             self.rate = stream.average_rate or stream.guessed_rate
             """Frames per second, where the file states a rate."""
             self._number = stream.index
-            self._time_base = stream.time_base or Fraction(1, av.time_base)
-            self._frame_ticks = 1 / ((self.rate or _UNSTATED_RATE) * self._time_base)
+            self.time_base = stream.time_base or Fraction(1, av.time_base)
+            """Seconds of a tick."""
+            self._frame_ticks = 1 / ((self.rate or _UNSTATED_RATE) * self.time_base)
             self._stated = Statement(
                 stream.frames,
-                float((stream.duration or 0) * self._time_base),
+                float((stream.duration or 0) * self.time_base),
                 (container.duration or 0) / av.time_base,
             )
 
@@ -89,7 +96,7 @@ class VideoFile:
             packets.pop()
         if not any(packet.is_shown for packet in packets):
             raise _no_frames(self.path)
-        index = FrameIndex.from_packets(packets, self._time_base, round(self._frame_ticks))
+        index = FrameIndex.from_packets(packets, self.time_base, round(self._frame_ticks))
         if index is not None:
             self._check_complete(index, len(packets), last_of_any)
         return index
@@ -107,8 +114,8 @@ class VideoFile:
         tail = round(self._frame_ticks)
         if len(known) < len(pts):
             counted = [round(place * self._frame_ticks) for place in range(len(pts))]
-            return FrameIndex.from_frames(counted, self._time_base, tail)
-        index = FrameIndex.from_frames(known, self._time_base, tail)
+            return FrameIndex.from_frames(counted, self.time_base, tail)
+        index = FrameIndex.from_frames(known, self.time_base, tail)
         self._check_complete(index, len(pts), index.end)
         return index
 
@@ -140,13 +147,38 @@ class VideoFile:
                 return frame
         raise _no_picture(self.path)
 
-    def decode(self) -> Iterator[VideoFrame]:
-        """Decode all frames in the order of display, without those that cannot be decoded."""
+    def decode(self, on_damaged: Callable[[], None] | None = None) -> Iterator[VideoFrame]:
+        """Decode all frames in the order of display, without those that cannot be decoded.
+
+        Args:
+            on_damaged: called for every packet that cannot be decoded.
+        """
         with self._open() as container:
             stream = _video_stream(container, self._number)
             for packet in _packets(container.demux(stream)):
-                yield from _decode(stream, packet)
+                yield from _decode(stream, packet, on_damaged)
             yield from _decode(stream, None)
+
+    def check_decoded(self, frames: int, first: float, end: float) -> None:
+        """Compare what was decoded with what the file states.
+
+        Args:
+            frames: the number of frames.
+            first: start of the first one in seconds.
+            end: end of the last one.
+
+        Raises:
+            InputError: no frame was decoded, or the file ends well before its stated duration.
+        """
+        if frames == 0:
+            raise _no_frames(self.path)
+        if end <= first:  # no frame has a time
+            return
+        # Other files state how long their longest stream is, which may be that of the sound.
+        if self._stated.seconds or matroska_ends_early(self.path):
+            check_complete(
+                self.path, self._stated, frames=frames, seconds=end - first, file_seconds=end
+            )
 
     def frames_of(self, index: FrameIndex, keys: NDArray[np.int64]) -> Iterator[VideoFrame]:
         """Decode certain frames; groups of pictures without any are read over, not decoded.
@@ -210,11 +242,17 @@ def _packets(packets: Iterator[Packet[Any]]) -> Iterator[Packet[Any]]:
         return
 
 
-def _decode(stream: VideoStream, packet: Packet[Any] | None) -> list[VideoFrame]:
+def _decode(
+    stream: VideoStream,
+    packet: Packet[Any] | None,
+    on_damaged: Callable[[], None] | None = None,
+) -> list[VideoFrame]:
     """Decode a packet, None to get what is left; nothing when the packet is damaged."""
     try:
         return stream.codec_context.decode(packet)
     except av.FFmpegError:
+        if on_damaged is not None:
+            on_damaged()
         return []
 
 

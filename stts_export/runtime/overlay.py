@@ -31,7 +31,7 @@ Source = str | os.PathLike[str] | NDArray[np.uint8]
 _MAX_VIDEO_FRAMES = 3600
 """Frames of a picture video; longer ones show evenly chosen frames at their own times."""
 _MAX_TILES = 64
-_TILE_WIDTH, _SHOWN_WIDTH = 252, 480
+_TILE_WIDTH, SHOWN_WIDTH = 252, 480
 _GAP = 8
 _MIN_TEXT_SCALE = 2
 
@@ -116,7 +116,7 @@ def write_contact_sheet(
     height, width = frame_size or frames.shape[1:3]
     tile_size = (max(1, round(_TILE_WIDTH * height / width)), _TILE_WIDTH)
     shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _MAX_TILES)).astype(int))
-    tiles = [_page(_scaled(frames[place], tile_size), masks, int(place)) for place in shown]
+    tiles = [_page(scaled(frames[place], tile_size), masks, int(place)) for place in shown]
     sheet = _tiled(tiles)
     kept, total = int(keep.sum()), keep.size
     summary = f"{kept}/{total} windows kept in {len(frames)} frames"
@@ -196,28 +196,51 @@ def _check_count(frames: NDArray[np.uint8], masks: _Masks) -> None:
         )
 
 
+def page(
+    frame: NDArray[np.uint8],
+    keep: NDArray[np.bool_],
+    seconds: float,
+    scores: NDArray[np.float32] | None = None,
+) -> NDArray[np.uint8]:
+    """Return a frame with its windows and a label below.
+
+    Args:
+        frame: (height, width, 3) RGB.
+        keep: (rows, columns) True for windows that stay.
+        seconds: the frame's time.
+        scores: (rows, columns) in 0..1.
+    """
+    label = FrameLabel(seconds, int(keep.sum()), keep.size)
+    width = frame.shape[1]
+    strip = label_strip(label, width, text_scale(width))
+    return np.concatenate([draw_windows(frame, keep, scores), strip])
+
+
+def text_scale(width: int) -> int:
+    """Pixels per pixel of a glyph, for text on a page of this width."""
+    return max(_MIN_TEXT_SCALE, round(width / 400)) if width > _TILE_WIDTH else 1
+
+
 def _page(
     frame: NDArray[np.uint8], masks: _Masks, place: int, title: str | None = None
 ) -> NDArray[np.uint8]:
     """One frame with its windows, a label below and a title above."""
-    keep = masks.keep[place]
     scores = masks.scores[place] if masks.scores is not None and place > 0 else None
-    label = FrameLabel(float(masks.timestamps[place]), int(keep.sum()), keep.size)
+    drawn = page(frame, masks.keep[place], float(masks.timestamps[place]), scores)
+    if not title:
+        return drawn
     width = frame.shape[1]
-    scale = max(_MIN_TEXT_SCALE, round(width / 400)) if width > _TILE_WIDTH else 1
-    parts = [draw_windows(frame, keep, scores), label_strip(label, width, scale)]
-    if title:
-        parts.insert(0, text_block(title, width, scale))
-    return np.concatenate(parts)
+    return np.concatenate([text_block(title, width, text_scale(width)), drawn])
 
 
 def _zoomed(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Enlarge a small frame by a whole number."""
-    zoom = max(1, round(_SHOWN_WIDTH / frame.shape[1]))
+    zoom = max(1, round(SHOWN_WIDTH / frame.shape[1]))
     return frame.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
-def _scaled(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+def scaled(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return a frame at another (height, width)."""
     smaller = size[1] < frame.shape[1]
     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
         width=size[1], height=size[0], interpolation="AREA" if smaller else "BILINEAR"

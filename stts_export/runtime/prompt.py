@@ -164,10 +164,30 @@ class PromptBuilder:
                 a special token, a subtitle goes with several visuals, or an image comes after a
                 video.
         """
-        turns = _turns(prompt)
-        self._check_turns(turns)
-        text = self._visual_text(visuals) + _chat_text(turns)
+        text = self._visual_text(visuals) + self._conversation_text(prompt)
         return np.array([self.bos_id, *self._encode(text)], dtype=np.int64)
+
+    def video_part(self, video: VideoTokens, *, follows: bool) -> NDArray[np.int64]:
+        """Return the tokens of a piece of a video, for sequences that grow piece by piece.
+
+        `bos_id`, the pieces in order and `conversation_part` make up what `build` gives for the
+        whole video, where frame tokens stand around each frame; else each piece has its own pair.
+
+        Args:
+            video: frames of the piece; no subtitles.
+            follows: another piece comes before it.
+        """
+        text = self.layout.video_text(list(video.timestamps), video.windows)
+        gap = " " if follows and self.layout.around_each_frame else ""
+        return np.array(self._encode(gap + text), dtype=np.int64)
+
+    def conversation_part(self, prompt: Conversation) -> NDArray[np.int64]:
+        """Return the tokens of a conversation, as they come after what it is about.
+
+        Raises:
+            InputError: as in `build`.
+        """
+        return np.array(self._encode(self._conversation_text(prompt)), dtype=np.int64)
 
     def decode(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """Return the text of `token_ids`, without special tokens."""
@@ -188,6 +208,11 @@ class PromptBuilder:
                     allowed="text that an answer can contain: it has no special tokens",
                     fix="leave it out: a token that ends answers of this model ends them anyway",
                 )
+
+    def _conversation_text(self, prompt: Conversation) -> str:
+        turns = _turns(prompt)
+        self._check_turns(turns)
+        return _chat_text(turns)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from stts_export.engines.cuda import DeviceArray
 from stts_export.engines.library import ENGINE_BACKENDS
 from stts_export.engines.runner import Engines, backend_of, open_engines
 from stts_export.errors import InputError, SttsError
+from stts_export.live.turns import SharedRunner, Turns, turns_at_a_time
 from stts_export.preprocessing import image_preprocessing
 from stts_export.runtime import decoder, planner, vision
 from stts_export.runtime.answer_text import AnswerText, OnText, check_stop
@@ -79,6 +81,11 @@ from stts_export.tensors import (
     variant,
 )
 
+if TYPE_CHECKING:
+    from stts_export.live.answering import Meter, Observer
+    from stts_export.live.sources import Source, SourceOptions
+    from stts_export.live.stream import LiveStream
+
 Frames = Any
 """uint8 (T, H, W, 3) RGB: a NumPy array, a list of T frames, or anything with `__dlpack__` or
 `__cuda_array_interface__`."""
@@ -126,6 +133,7 @@ class Session:
         prompts: PromptBuilder | None,
         engines: Engines | None = None,
         open_graph: Callable[[str], decoder.Runner] | None = None,
+        slots: int = 1,
     ) -> None:
         self.bundle = bundle
         self.runners = runners
@@ -133,9 +141,12 @@ class Session:
         self.backend = engines.backend if engines else onnxruntime.NAME
         """What runs the graphs."""
         self._engines = engines
+        self._streams: list[LiveStream] = []
+        self._turns = Turns(slots)
         self._open_graph = open_graph
         """For graphs that most sessions do not need; None when all are there from the start."""
-        self._prompts = prompts
+        self.prompts = prompts
+        """Makes token sequences of texts; None without a tokenizer."""
         folder = bundle.folder / CONFIG_FOLDER
         self._images = image_preprocessing(folder, bundle.config.vision)
         self._vocabulary = bundle.config.text.vocab_size + bundle.config.text.additional_vocab_size
@@ -185,7 +196,9 @@ class Session:
 
             runners = {name: open_graph(name) for name in (VISION_LOWER, VISION_UPPER_FRAMES)}
             runners[DECODER] = open_graph(variant(DECODER, SPLIT))
-            return Session(opened, runners, prompts, open_graph=open_graph)
+            return Session(
+                opened, runners, prompts, open_graph=open_graph, slots=turns_at_a_time(threads)
+            )
         try:
             engines = open_engines(
                 opened.folder,
@@ -215,7 +228,10 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Release graphs and memory; the session cannot be used afterwards."""
+        """End streams, release graphs and memory; the session cannot be used afterwards."""
+        for stream in self._streams:
+            stream.close()
+        self._streams.clear()
         self.runners = {}
         self._open_graph = None
         if self._engines is not None:
@@ -230,7 +246,7 @@ class Session:
     @property
     def has_tokenizer(self) -> bool:
         """Whether prompts may be text and answers have one, not token ids only."""
-        return self._prompts is not None
+        return self.prompts is not None
 
     @property
     def config(self) -> ModelConfig:
@@ -361,13 +377,12 @@ class Session:
         sampling = check_sampling(sampling)
         max_new_tokens = as_integer(max_new_tokens, "max_new_tokens")
         logprobs = as_integer(logprobs, "logprobs", least=0)
-        text = self._answer_text(stop, on_text)
+        text = self.answer_text(stop, on_text)
         visuals = self._visuals(clip, prompt, prune_ratio, max_frames, subtitles)
         ready = self._prepare(visuals, prompt, max_new_tokens, prune_ratio, max_frames, subtitles)
         out = decoder.generate(
             self.runners[DECODER],
-            self.config,
-            self.bundle.manifest.precision,
+            self._cache(len(ready.ids) + max_new_tokens),
             ready.ids,
             visual_groups(ready.ids, self.config.tokens.visual),
             self._features(ready.encoded),
@@ -380,6 +395,93 @@ class Session:
             on_token=on_token,
         )
         return self._answer(ready.encoded, out, text, ready.timings)
+
+    def stream(
+        self,
+        source: str | Path | Source | None = None,
+        *,
+        name: str | None = None,
+        options: SourceOptions | None = None,
+        observer: Observer | None = None,
+        meter: Meter | None = None,
+        **settings: Any,
+    ) -> LiveStream:
+        """Open a stream: frames come in, answers to a standing question come out.
+
+        Several streams of one session share its graphs fairly. While any is open the session
+        itself encodes and answers nothing.
+
+        Args:
+            source: a video file, a folder of images, an address (rtsp, http, ...), a camera such
+                as /dev/video0, "gst:" and a GStreamer pipeline; None: the caller pushes frames.
+            name: in events; the source without credentials when None.
+            options: how the source is read.
+            observer: called with every answer and its frames.
+            meter: gets the times of stages.
+            settings: fields of `live.settings.StreamSettings`: `prompt`, `every`, `window`,
+                `latency`, `mode`, ...
+
+        Raises:
+            InputError: a setting is out of range, the prompt does not fit the bundle, or there is
+                no such source.
+        """
+        from stts_export.live.stream import open_stream
+
+        if not self.runners:
+            self._check_open()
+        self._streams = [stream for stream in self._streams if not stream.is_over]
+        taken = [stream.name for stream in self._streams]
+        stream = open_stream(
+            self._shared, self._turns, taken, name, source, options, observer, meter, settings
+        )
+        self._streams.append(stream)
+        return stream
+
+    def _shared(self, party: str) -> Session:
+        """View of this session in which every call of a graph is a turn."""
+        view = copy.copy(self)
+        view.runners = {
+            graph: SharedRunner(runner, self._turns, party)
+            for graph, runner in self.runners.items()
+        }
+        view._streams = []
+        return view
+
+    def check_window(
+        self,
+        timestamps: NDArray[np.float64],
+        prune_ratio: float,
+        prompt: Conversation,
+        max_new_tokens: int,
+    ) -> None:
+        """Refuse a prompt that would not fit about so many frames.
+
+        Args:
+            timestamps: (T,) of the frames.
+            prune_ratio: that they are pruned with.
+            prompt: as for `generate`.
+            max_new_tokens: as for `generate`.
+
+        Raises:
+            InputError: it has more tokens than the bundle takes.
+        """
+        ratio, count, note = self.removal(len(timestamps), prune_ratio)
+        windows = self.config.vision.windows
+        unread = np.empty((len(timestamps), 0, 0, 3), np.uint8)
+        request = ClipRequest(unread, timestamps, windows, ratio, count, None, note)
+        self._check_requests([request], prompt, max_new_tokens, ())
+
+    def device_frame(self, frame: object) -> DeviceArray:
+        """Take a frame (height, width, 3) in the memory of a GPU as (1, height, width, 3).
+
+        Raises:
+            InputError: this back end takes none there, or it is no frame at the model's size.
+        """
+        array = self._on_this_device(frame)
+        check_frames(array, dimensions=(3,), where="frame")
+        frames = array.reshape(1, *array.shape)
+        self._check_device_size(frames)
+        return frames
 
     def check_prompt(
         self,
@@ -410,7 +512,7 @@ class Session:
         self._check_open()
         max_new_tokens = as_integer(max_new_tokens, "max_new_tokens")
         as_integer(logprobs, "logprobs", least=0)
-        self._answer_text(stop)
+        self.answer_text(stop)
         visuals = self._visuals(clip, prompt, prune_ratio, None, subtitles)
         if any(map(_is_file, visuals)):
             return
@@ -442,12 +544,17 @@ class Session:
         visuals = self._visuals(clip, prompt, prune_ratio, max_frames, subtitles)
         ready = self._prepare(visuals, prompt, 0, prune_ratio, max_frames, subtitles)
         ids, runner = ready.ids, self.runners[DECODER]
-        cache = decoder.KVCache(runner, self.config, self.bundle.manifest.precision, len(ids))
+        cache = self._cache(len(ids))
         groups = visual_groups(ids, self.config.tokens.visual)
         features = self._features(ready.encoded)
         return decoder.step(runner, cache, ids, groups, features, ready.positions)
 
-    def _vision_runners(self) -> vision.Runners:
+    def _cache(self, capacity: int) -> decoder.KVCache:
+        precision = self.bundle.manifest.precision
+        return decoder.KVCache(self.runners[DECODER], self.config, precision, capacity)
+
+    def vision_runners(self) -> vision.Runners:
+        """Graphs of the vision side."""
         get = self.runners.get
         return vision.Runners(
             self.runners[VISION_LOWER],
@@ -465,15 +572,30 @@ class Session:
                 where=str(self.bundle.folder),
                 fix="open the bundle again, and use the session within its `with` block",
             )
+        if any(not stream.is_over for stream in self._streams):
+            raise InputError(
+                "the session has open streams, which use its graphs",
+                where=str(self.bundle.folder),
+                fix="ask the stream, end its `with` block first, or open the bundle once more",
+            )
 
-    def _answer_text(
+    def answer_text(
         self, stop: str | Sequence[str], on_text: OnText | None = None
     ) -> AnswerText | None:
-        """Return what makes the text of an answer, or None without a tokenizer."""
+        """Return what makes the text of an answer, or None without a tokenizer.
+
+        Args:
+            stop: as for `generate`.
+            on_text: as for `generate`.
+
+        Raises:
+            InputError: a stop text is none or cannot be in an answer, or there is no tokenizer for
+                what was asked.
+        """
         stops = check_stop(stop)
-        if self._prompts is not None:
-            self._prompts.check_stop(stops)
-            return AnswerText(self._prompts.decode, stops, on_text)
+        if self.prompts is not None:
+            self.prompts.check_stop(stops)
+            return AnswerText(self.prompts.decode, stops, on_text)
         if stops or on_text:
             raise InputError(
                 f"{'stop' if stops else 'on_text'} needs text, but the checkpoint came without a "
@@ -492,8 +614,8 @@ class Session:
         timings: dict[str, float],
     ) -> Answer:
         logprobs = out.logprobs
-        if logprobs is not None and self._prompts is not None:
-            logprobs = [with_text(entry, self._prompts.decode) for entry in logprobs]
+        if logprobs is not None and self.prompts is not None:
+            logprobs = [with_text(entry, self.prompts.decode) for entry in logprobs]
         visuals = tuple(map(summary, encoded))
         videos = totals(visuals)
         return Answer(
@@ -622,7 +744,7 @@ class Session:
             sized = resize_frames(sized, self.config.vision.image_size)
         resized = time.perf_counter()
         out = vision.encode(
-            self._vision_runners(),
+            self.vision_runners(),
             self.config.vision,
             self.bundle.manifest.precision,
             sized,
@@ -671,7 +793,7 @@ class Session:
         cut = image_crops(request.image, **self._cutting())
         seconds = time.perf_counter() - started
         features, timings = vision.encode_image(
-            self._vision_runners(),
+            self.vision_runners(),
             self.config.vision,
             self.bundle.manifest.precision,
             cut.crops,
@@ -714,7 +836,7 @@ class Session:
         if keep is None:
             if prune_ratio is not None:
                 prune_ratio = as_ratio(prune_ratio)
-            ratio, count, note = self._removal(len(frames), prune_ratio)
+            ratio, count, note = self.removal(len(frames), prune_ratio)
             return ClipRequest(frames, times, windows, ratio, count, None, note)
         if prune_ratio is not None:
             raise InputError(
@@ -748,6 +870,12 @@ class Session:
         return array
 
     def _device_frames(self, frames: object) -> DeviceArray:
+        array = self._on_this_device(frames)
+        check_frames(array)
+        self._check_device_size(array)
+        return array
+
+    def _on_this_device(self, frames: object) -> DeviceArray:
         if self._engines is None:
             raise InputError(
                 "the frames lie in the memory of a GPU",
@@ -755,8 +883,9 @@ class Session:
                 allowed="frames on the host, for back end onnxruntime",
                 fix="copy them to the host, or open the bundle with backend='tensorrt'",
             )
-        array = cuda.from_device(frames, self._engines.stream)
-        check_frames(array)
+        return cuda.from_device(frames, self._engines.stream)
+
+    def _check_device_size(self, array: DeviceArray) -> None:
         size = self.config.vision.image_size
         if array.shape[1:3] != size:
             raise InputError(
@@ -765,7 +894,6 @@ class Session:
                 allowed=f"{size[0]} x {size[1]}, the model's size",
                 fix="resize them on the GPU, or pass frames on the host, which are resized here",
             )
-        return array
 
     def _compact_ids(
         self,
@@ -785,8 +913,16 @@ class Session:
         is_gapped = self.bundle.manifest.positions == "gapped"
         return ids[kept], kept if is_gapped else np.arange(len(kept))
 
-    def _removal(self, frames: int, prune_ratio: float | None) -> tuple[float, int, str | None]:
-        """Return the ratio in force, the windows to remove, and why there are none."""
+    def removal(self, frames: int, prune_ratio: float | None) -> tuple[float, int, str | None]:
+        """Return the ratio in force, the windows to remove, and why there are none.
+
+        Args:
+            frames: T of a clip.
+            prune_ratio: what was asked for.
+
+        Raises:
+            InputError: the bundle does not take the ratio.
+        """
         windows, pruning = self.config.vision.windows, self.config.vision.pruning
         if pruning is None:
             if prune_ratio:
@@ -821,7 +957,7 @@ class Session:
     ) -> NDArray[np.int64]:
         """Return the complete sequence as before pruning."""
         if is_text(prompt):
-            if self._prompts is None:
+            if self.prompts is None:
                 raise InputError(
                     "the prompt is text, but the checkpoint came without a tokenizer",
                     where=str(self.bundle.folder),
@@ -830,7 +966,7 @@ class Session:
                 )
             text: Conversation = prompt  # type: ignore[assignment]
             check_question(text)
-            return self._prompts.build(text, with_subtitles(visuals, subtitles))
+            return self.prompts.build(text, with_subtitles(visuals, subtitles))
         if subtitles:
             raise InputError(
                 "subtitles beside token ids", where="prompt", allowed="subtitles beside text"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -90,17 +90,58 @@ def encode(
     started = time.perf_counter()
     hidden, scores = run_lower(runners.lower, config, precision, frames, count == 0, on_progress)
     host_scores = None if scores is None else runners.lower.to_host(scores)
-    lowered = time.perf_counter()
+    lowered = time.perf_counter() - started
+    out = finish(
+        runners,
+        config,
+        hidden,
+        host_scores,
+        count,
+        device_scores=scores,
+        refill=refill,
+        keep=keep,
+        on_progress=on_progress,
+    )
+    return replace(out, timings={"vision_lower": lowered, **out.timings})
+
+
+def finish(
+    runners: Runners,
+    config: VisionConfig,
+    hidden: Any,
+    scores: NDArray[np.float32] | None,
+    count: int,
+    *,
+    device_scores: Any = None,
+    refill: Refill = "reference",
+    keep: NDArray[np.bool_] | None = None,
+    on_progress: OnProgress | None = None,
+) -> VisionOutput:
+    """Select the windows of a clip and run the part above the removal.
+
+    Args:
+        runners: the graphs.
+        config: the tower.
+        hidden: (T, W*G, D) from `run_lower`, in the runners' memory.
+        scores: (T, W) on the host; None without a scorer.
+        count: windows to remove.
+        device_scores: the same in the runners' memory, where it is there.
+        refill: as in `encode`.
+        keep: (T, W) decides in place of the scores.
+        on_progress: called after every chunk.
+    """
+    started = time.perf_counter()
     by_graph = runners.select_pack and count > 0 and keep is None and refill == "reference"
     bins: Bins | None = None
     if by_graph:
         assert runners.select_pack is not None
-        keep, bins = select_pack(runners.select_pack, scores, hidden, config, count)
+        given = scores if device_scores is None else device_scores
+        keep, bins = select_pack(runners.select_pack, given, hidden, config, count)
     elif count == 0:
-        keep = np.ones((len(frames), config.windows), dtype=np.bool_)
+        keep = np.ones((len(hidden), config.windows), dtype=np.bool_)
     elif keep is None:
-        assert host_scores is not None
-        keep = planner.select(host_scores, count)
+        assert scores is not None
+        keep = planner.select(scores, count)
     if runners.upper_frames is not None:
         groups = planner.group_frames(keep, refill=refill == "reference")
         planned = time.perf_counter()
@@ -113,12 +154,8 @@ def encode(
             bins = fill_bins(runners.gather_windows, hidden, keep, refill == "reference")
         planned = time.perf_counter()
         features = run_upper_bins(runners.upper, bins, config, on_progress)
-    timings = {
-        "vision_lower": lowered - started,
-        "select": planned - lowered,
-        "vision_upper": time.perf_counter() - planned,
-    }
-    return VisionOutput(host_scores, keep, features, timings)
+    timings = {"select": planned - started, "vision_upper": time.perf_counter() - planned}
+    return VisionOutput(scores, keep, features, timings)
 
 
 def encode_image(
@@ -211,31 +248,85 @@ def run_lower(
     Returns:
         In the runner's memory: hidden (T, W*G, D); scores (T, W), None without a scorer.
     """
-    total, patches = len(frames), config.windows * config.patches_per_window
-    hidden = runner.zeros((total, patches, config.hidden_size), ACTIVATION[precision])
-    scores = None
+    total = len(frames)
+    hidden, scores = lower_buffers(runner, config, precision, total)
     fresh = np.full(total, plain)
     fresh[0] = True
-    if config.pruning:
-        scores = runner.zeros((total, config.windows), np.float32)
-        seen, seen_next = (
-            runner.zeros((1, config.windows, config.hidden_size), np.float32) for _ in range(2)
-        )
+    view = ScorersView(runner, config)
     for start in range(0, total, LOWER_CHUNK):
         chunk = slice(start, min(start + LOWER_CHUNK, total))
-        part = frames[chunk]
-        if isinstance(part, np.ndarray):
-            part = np.ascontiguousarray(part)
-        inputs: dict[str, Any] = {"frames": part}
-        outputs = {"hidden": hidden[chunk]}
-        if scores is not None:
-            inputs |= {"fresh": fresh[chunk], "prev_pooled": seen}
-            outputs |= {"scores": scores[chunk], "last_pooled": seen_next}
-            seen, seen_next = seen_next, seen
-        runner(inputs, outputs)
+        lower_chunk(
+            runner,
+            frames[chunk],
+            fresh[chunk],
+            view,
+            hidden[chunk],
+            None if scores is None else scores[chunk],
+        )
         if on_progress:
             on_progress("vision_lower", chunk.stop, total)
     return hidden, scores
+
+
+def lower_buffers(
+    runner: Runner, config: VisionConfig, precision: Precision, frames: int
+) -> tuple[Any, Any]:
+    """Memory of the runner for so many frames: hidden (T, W*G, D); scores (T, W) or None."""
+    patches = config.windows * config.patches_per_window
+    hidden = runner.zeros((frames, patches, config.hidden_size), ACTIVATION[precision])
+    scores = runner.zeros((frames, config.windows), np.float32) if config.pruning else None
+    return hidden, scores
+
+
+class ScorersView:
+    """What the scorer has seen of the frame before, (1, W, D), handed from call to call.
+
+    Args:
+        runner: the `vision_lower` graph.
+        config: the tower.
+    """
+
+    def __init__(self, runner: Runner, config: VisionConfig) -> None:
+        shape = (1, config.windows, config.hidden_size)
+        number = 2 if config.pruning else 0
+        self._buffers = [runner.zeros(shape, np.float32) for _ in range(number)]
+
+    def bindings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Inputs and outputs of the next call."""
+        if not self._buffers:
+            return {}, {}
+        seen, seen_next = self._buffers
+        self._buffers = [seen_next, seen]
+        return {"prev_pooled": seen}, {"last_pooled": seen_next}
+
+
+def lower_chunk(
+    runner: Runner,
+    frames: Any,
+    fresh: NDArray[np.bool_],
+    view: ScorersView,
+    hidden: Any,
+    scores: Any,
+) -> None:
+    """Run vision_lower once.
+
+    Args:
+        runner: the graph.
+        frames: (F, height, width, 3), on the host or in the runner's memory.
+        fresh: (F,): no predecessor and no bias.
+        view: of the frame before; becomes that of the last frame.
+        hidden: (F, W*G, D) in the runner's memory, to write to.
+        scores: (F, W) likewise; None without a scorer.
+    """
+    if isinstance(frames, np.ndarray):
+        frames = np.ascontiguousarray(frames)
+    inputs: dict[str, Any] = {"frames": frames}
+    outputs = {"hidden": hidden}
+    if scores is not None:
+        seen, seen_next = view.bindings()
+        inputs |= {"fresh": fresh, **seen}
+        outputs |= {"scores": scores, **seen_next}
+    runner(inputs, outputs)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from stts_export.model.vlm import SttsModel
 from stts_export.runtime.answer_text import AnswerText
-from stts_export.runtime.decoder import Continuation, NotFiniteError, generate
+from stts_export.runtime.decoder import Continuation, KVCache, NotFiniteError, generate
 from stts_export.runtime.logits import Sampling
 from tests.helpers import random_model
 
@@ -42,6 +42,10 @@ class _Scripted:
     def to_host(array: Any) -> Any:
         return array
 
+    @staticmethod
+    def copy(target: Any, source: Any) -> None:
+        target[...] = source
+
     def fed(self, name: str) -> list[Any]:
         return [call[name].tolist() for call in self.calls]
 
@@ -56,7 +60,8 @@ def _generate(model: SttsModel, runner: _Scripted, **changes: Any) -> Continuati
     ids = np.array([9, 8, 7])
     groups = np.full(3, -1, np.int32)
     features = np.zeros((1, model.config.text.hidden_size), np.float32)
-    return generate(runner, model.config, "fp32", ids, groups, features, **settings)
+    cache = KVCache(runner, model.config, "fp32", len(ids) + settings["max_new_tokens"])
+    return generate(runner, cache, ids, groups, features, **settings)
 
 
 def test_each_token_is_fed_at_the_next_position(model: SttsModel):

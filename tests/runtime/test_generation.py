@@ -193,7 +193,7 @@ def test_a_stop_string_spread_over_tokens(speaking: Session, asked: EncodedClip)
     assert count < 24
     same = speaking.generate(asked, QUESTION, 24, sampling=sampling, stop=stop)
     assert (same.text, same.token_ids) == (answer.text, answer.token_ids)
-    prompts = speaking._prompts
+    prompts = speaking.prompts
     assert prompts is not None
     assert stop in prompts.decode(answer.token_ids)
     assert stop not in prompts.decode(answer.token_ids[:-1])

@@ -1,0 +1,1 @@
+"""Live video: sources, sampling, sliding windows, and answers that come in time."""

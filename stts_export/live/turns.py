@@ -1,0 +1,134 @@
+"""Fair turns at the graphs that several streams share.
+
+A turn is one call of a graph: a few frames through `vision_lower`, some bins through
+`vision_upper`, a prefill, a token. Whoever has had the least time goes next, so that a stream with
+long answers does not hold up the frames of another.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from numpy.typing import DTypeLike, NDArray
+
+from stts_export.runtime.decoder import Runner
+
+
+class Turns:
+    """Hands out turns, some number of them at a time.
+
+    Args:
+        slots: turns at a time.
+    """
+
+    def __init__(self, slots: int = 1) -> None:
+        self._free = slots
+        self._changed = threading.Condition()
+        self._waiting: dict[int, str] = {}
+        """Who waits, in order of arrival."""
+        self._used: dict[str, float] = {}
+        """Seconds that a party has had, counted from where the least served one stood when it
+        came: being away earns nothing."""
+        self._next = 0
+        self._held = threading.local()
+
+    @contextmanager
+    def take(self, party: str) -> Iterator[None]:
+        """Wait for a turn and have it; within a turn of the same thread this does nothing.
+
+        Args:
+            party: whose time it counts as.
+        """
+        if getattr(self._held, "depth", 0):
+            yield
+            return
+        self._wait(party)
+        self._held.depth = 1
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._held.depth = 0
+            with self._changed:
+                self._used[party] += time.perf_counter() - started
+                self._free += 1
+                self._changed.notify_all()
+
+    def leave(self, party: str) -> None:
+        """Forget a party that will not come back."""
+        with self._changed:
+            self._used.pop(party, None)
+
+    def _wait(self, party: str) -> None:
+        with self._changed:
+            ticket, self._next = self._next, self._next + 1
+            others = [used for name, used in self._used.items() if name != party]
+            floor = min(others, default=0.0)
+            self._used[party] = max(self._used.get(party, floor), floor - _CREDIT)
+            self._waiting[ticket] = party
+            while not (self._free and self._first() == ticket):
+                self._changed.wait()
+            del self._waiting[ticket]
+            self._free -= 1
+            self._changed.notify_all()  # there may be another free one
+
+    def _first(self) -> int:
+        return min(self._waiting, key=lambda ticket: (self._used[self._waiting[ticket]], ticket))
+
+
+_CREDIT = 0.5
+"""Seconds by which a party may be ahead that was waiting for its frames meanwhile."""
+
+
+class SharedRunner:
+    """A runner of which every call is a turn.
+
+    Args:
+        runner: the graph.
+        turns: where to get them.
+        party: whose they are.
+    """
+
+    def __init__(self, runner: Runner, turns: Turns, party: str) -> None:
+        self._runner = runner
+        self._turns = turns
+        self._party = party
+        self.updates_in_place = runner.updates_in_place
+        self.cache_capacity = runner.cache_capacity
+
+    def __call__(
+        self, inputs: dict[str, Any], in_place: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Run the graph."""
+        with self._turns.take(self._party):
+            return self._runner(inputs, in_place)
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Array of zeros in the runner's memory."""
+        with self._turns.take(self._party):
+            return self._runner.zeros(shape, dtype)
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """Array of the runner's memory as a NumPy array."""
+        with self._turns.take(self._party):
+            return self._runner.to_host(array)
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy an array of the runner's memory, or of the host, to one of the runner's."""
+        with self._turns.take(self._party):
+            self._runner.copy(target, source)
+
+
+def turns_at_a_time(threads: int | None) -> int:
+    """Turns at a time on the CPU: as many as there are cores for.
+
+    Args:
+        threads: of an operator; None: it uses all cores. Engines share one block of memory and have
+            one turn at a time.
+    """
+    return 1 if threads is None else max(1, (os.cpu_count() or 1) // threads)

@@ -1,0 +1,200 @@
+"""Streams of pushed frames: answers, windows, times, ends."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stts_export import Session
+from stts_export.live.events import Counters, LiveAnswer, LiveEnd, LiveEvent, LiveNotice
+from stts_export.runtime.resize import resize_frames
+from tests.helpers import random_frames, write_video
+
+QUESTION = "How many objects are there?"
+
+
+def _watch(session: Session, frames: Any, **settings: Any) -> list[LiveEvent]:
+    """Push frames half a second apart and take all events."""
+    settings = {"prompt": QUESTION, "max_new_tokens": 4, "policy": "wait", **settings}
+    with session.stream(**settings) as live:
+        for number, frame in enumerate(frames):
+            assert live.push(frame, number / 2, timeout=60)
+        live.finish()
+        return list(live)
+
+
+def _answers(events: list[LiveEvent]) -> list[LiveAnswer]:
+    return [event for event in events if isinstance(event, LiveAnswer)]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.9])
+def test_exact_answers_equal_those_of_generate(text_bundle: Path, ratio: float):
+    frames = random_frames(13, (48, 48), seed=5)
+    with Session.open(text_bundle, threads=1) as session:
+        events = _watch(session, frames, every="2s", window="3s", prune_ratio=ratio)
+        answers = _answers(events)
+        assert [answer.end for answer in answers] == [2.0, 4.0, 6.0]
+        assert [answer.frames for answer in answers] == [5, 6, 6]
+        for answer in answers:
+            first = round(2 * answer.start)
+            window = frames[first : first + answer.frames]
+            clip = session.encode(window, ratio, np.arange(answer.frames) / 2)
+            np.testing.assert_array_equal(answer.keep, clip.keep)
+            expected = session.generate(clip, QUESTION, 4)
+            assert answer.token_ids == expected.token_ids
+            assert answer.text == expected.text
+    assert isinstance(events[-1], LiveEnd)
+    assert events[-1].error is None
+    assert events[-1].counters.encoded == 13
+
+
+def test_incremental_answers_are_about_the_segments_in_the_window(text_bundle: Path):
+    """Each segment is encoded as a clip of its own; the window holds whole segments."""
+    frames = random_frames(21, (48, 48), seed=6)
+    with Session.open(text_bundle, threads=1) as session:
+        events = _watch(
+            session, frames, mode="incremental", every="2s", window="4s", segment="1s",
+            prune_ratio=0.5,
+        )  # fmt: skip
+        answers = _answers(events)
+        assert [answer.end for answer in answers] == [2.0, 4.0, 6.0, 8.0, 10.0]
+        # Frames 0-1, 2-3, and 4 alone with the question at 2 s; then 5-6, 7-8 and so on.
+        ends = [2, 4, 5, *range(7, 22, 2)]
+        assert [answer.start for answer in answers] == [0.0, 1.0, 2.5, 4.5, 6.5]
+        for answer in answers:
+            first = round(2 * answer.start)
+            cuts = [first, *(end for end in ends if first < end <= 2 * answer.end + 1)]
+            for start, stop in itertools.pairwise(cuts):
+                clip = session.encode(frames[start:stop], 0.5)
+                np.testing.assert_array_equal(answer.keep[start - first : stop - first], clip.keep)
+            assert answer.kept_windows == answer.keep.sum()
+    assert isinstance(events[-1], LiveEnd)
+    assert events[-1].error is None
+
+
+def test_one_segment_equals_the_exact_answer(text_bundle: Path):
+    frames = random_frames(5, (48, 48), seed=7)
+    with Session.open(text_bundle, threads=1) as session:
+        settings: dict[str, Any] = {"every": "2s", "window": "4s", "segment": "4s"}
+        exact = _answers(_watch(session, frames, **settings))
+        incremental = _answers(_watch(session, frames, mode="incremental", **settings))
+        assert len(exact) == len(incremental) == 1
+        np.testing.assert_array_equal(exact[0].keep, incremental[0].keep)
+        assert exact[0].token_ids == incremental[0].token_ids
+
+
+@pytest.fixture(scope="module")
+def session(text_bundle: Path) -> Iterator[Session]:
+    with Session.open(text_bundle, threads=1) as session:
+        yield session
+
+
+FRAMES = random_frames(40, (48, 48), seed=8)
+
+
+def test_a_stream_of_one_frame_is_answered_at_its_end(session: Session):
+    events = _watch(session, FRAMES[:1])
+    (answer,) = _answers(events)
+    assert (answer.start, answer.end, answer.frames) == (0.0, 0.0, 1)
+    assert answer.since_last.encoded == 1
+    assert answer.latency >= answer.first_token > 0
+
+
+def test_a_stream_without_frames_just_ends(session: Session):
+    (end,) = _watch(session, [])
+    assert isinstance(end, LiveEnd)
+    assert (end.time, end.counters) == (None, Counters())
+
+
+def test_times_are_the_callers_too(session: Session):
+    with session.stream(prompt=QUESTION, every="1s", policy="wait", max_new_tokens=1) as live:
+        for number in range(5):
+            live.push(FRAMES[number], 1000.25 + number / 2, timeout=60)
+        live.finish()
+        answers = _answers(list(live))
+    assert [answer.end for answer in answers] == [1.0, 2.0]
+    assert [answer.source_end for answer in answers] == [1001.25, 1002.25]
+    assert abs(answers[-1].asked_at - time.time()) < 60
+
+
+def test_frames_of_any_size_and_more_often_than_the_grid(session: Session):
+    """25 frames a second: every 12th or 13th is sampled, at the size of the model."""
+    big = random_frames(51, (97, 130), seed=3)
+    with session.stream(prompt=QUESTION, every="1s", policy="wait", max_new_tokens=1) as live:
+        for number, frame in enumerate(big):
+            live.push(frame, number / 25, timeout=60)
+            frame[:] = 0  # the memory is the caller's again
+        live.finish()
+        answers = _answers(list(live))
+        assert live.counters.decoded == 51
+        assert live.counters.sampled == live.counters.encoded == 5
+    expected = resize_frames(random_frames(51, (97, 130), seed=3)[[0, 12, 25, 37, 50]], (48, 48))
+    clip = session.encode(expected, 0.5, np.arange(5) / 2)
+    np.testing.assert_array_equal(answers[-1].keep, clip.keep)
+
+
+def test_questions_may_be_asked_at_any_time(session: Session):
+    with session.stream(prompt=QUESTION, every=None, window="4s", policy="wait") as live:
+        live.ask()
+        first = live.get(timeout=60)
+        assert isinstance(first, LiveNotice)
+        assert first.kind == "empty"
+        for number in range(3):
+            live.push(FRAMES[number], number / 2, timeout=60)
+        live.ask("Which colour is the circle?")
+        answer = live.get(timeout=60)
+        assert isinstance(answer, LiveAnswer)
+        assert answer.question == "Which colour is the circle?"
+        assert answer.frames <= 3
+        live.finish()
+        assert [type(event) for event in live] == [LiveEnd]
+
+
+@pytest.mark.parametrize("mode", ["exact", "incremental"])
+def test_a_slow_model_drops_the_oldest_and_counts_them(session: Session, mode: Any):
+    """Frames come faster than answers: memory stays, the newest are answered, all are counted."""
+    frames = random_frames(400, (48, 48), seed=9)
+    settings: dict[str, Any] = {"every": "1s", "window": "3s", "segment": "1s", "queue": 2}
+    with session.stream(prompt=QUESTION, mode=mode, policy="newest", **settings) as live:
+        for number, frame in enumerate(frames):
+            live.push(frame, number / 2)
+        live.finish()
+        events = list(live)
+    end = events[-1]
+    assert isinstance(end, LiveEnd)
+    counted = end.counters
+    assert counted.decoded == counted.sampled == 400
+    assert counted.encoded + counted.dropped == 400
+    assert counted.dropped > 0
+    answers = _answers(events)
+    assert answers[-1].end == end.time
+    assert counted.answers == len(answers)
+    assert sum(answer.since_last.dropped for answer in answers) == counted.dropped
+
+
+def test_a_file_as_source_loses_nothing(session: Session, tmp_path: Path):
+    path = write_video(tmp_path / "clip.mp4", frames=40)
+    with session.stream(path, prompt=QUESTION, every="1s", window="4s", max_new_tokens=4) as live:
+        assert live.name == str(path)
+        events = list(live)
+    answers = _answers(events)
+    assert [answer.end for answer in answers] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert all(answer.since_last.dropped == 0 for answer in answers)
+    with session.stream(path, prompt=QUESTION, every=None, window="4s") as live:
+        assert _answers(list(live)) == []
+
+
+def test_a_whole_file_in_a_window_is_what_run_answers(session: Session, tmp_path: Path):
+    path = write_video(tmp_path / "clip.mp4", frames=27)
+    expected = session.generate(path, QUESTION, 4)
+    with session.stream(path, prompt=QUESTION, every="4s", window="4s", max_new_tokens=4) as live:
+        (answer,) = _answers(list(live))
+    assert answer.frames == expected.frames == 8
+    assert answer.token_ids == expected.token_ids
+    assert answer.kept_windows == expected.kept_windows
