@@ -23,6 +23,7 @@ ACCURACY = ROOT / "benchmarks" / "results" / "demo_accuracy.json"
 SPEED = ROOT / "benchmarks" / "results" / "bench_prune_cpu.json"
 ENGINES = ROOT / "benchmarks" / "results" / "engine_build_cpu.json"
 FULL_SIZE = ROOT / "benchmarks" / "results" / "full_size_4b.json"
+STREAM = ROOT / "benchmarks" / "results" / "bench_stream_cpu.json"
 TYPES = ("colour", "count", "direction", "order", "shape", "all")
 
 
@@ -125,6 +126,49 @@ def full_size_table() -> str:
     return "\n".join(lines)
 
 
+def stream_table() -> str:
+    """Question to first token of live streams by window and mode, shared capacity, budget."""
+    results = json.loads(STREAM.read_text(encoding="utf-8"))
+    grown, settings, machine = results["growth"], results["settings"], results["machine"]
+    first = {(row["frames"], row["mode"]): row["first_token"] for row in results["windows"]}
+    lines = ["| window | exact | incremental | exact / incremental |", "|---|---|---|---|"]
+    for frames in settings["windows"]:
+        exact, incremental = (1e3 * first[frames, m]["median"] for m in ("exact", "incremental"))
+        quotient = grown["exact_over_incremental"][str(frames)]["median"]
+        lines.append(
+            f"| {frames} frames, {frames / settings['fps']:g} s | {exact:.0f} ms | "
+            f"{incremental:.0f} ms | {quotient:.1f}x |"
+        )
+    rows = {(row["streams"], row["mode"]): row for row in results["streams"]}
+    counts = settings["streams"]
+    shared = "; ".join(
+        f"{count} {'stream' if count == 1 else 'streams'} "
+        f"{rows[count, 'exact']['encoded_per_second']['median']:.0f}"
+        for count in counts
+    )
+    fairness = min(row["fairness"]["low"] for row in rows.values())
+    phases = results["controller"]["phases"]
+    within = ", ".join(
+        f"{100 * phases[phase]['share_within_budget']:.0f} % {phase}" for phase in phases
+    )
+    threads = f"{settings['threads'] or machine['cores']} threads"
+    lines.append("")
+    lines.append(
+        f"Question to first token, median of {settings['repeats']} interleaved questions at prune "
+        f"ratio {settings['prune_ratio']:g}. Frames a second when more are offered, exact mode: "
+        f"{shared}; least served over most served stream never below {fairness:.2f}. Answers "
+        f"within a latency budget of {results['controller']['budget']:.2f} s before, during and "
+        f"after a step of load: {within}."
+    )
+    lines.append(
+        f"Random weights, {results['model']['windows']} windows a frame, tower "
+        f"{results['model']['shape']['vision_width']} wide; ONNX Runtime "
+        f"{machine['onnxruntime']}, {threads} of {machine['cpu']}, {machine['cores']} cores at "
+        f"load {machine['load_average'][0]:g}; wall time. `{results['command']}`."
+    )
+    return "\n".join(lines)
+
+
 def _row(rows: list[dict[str, Any]], frames: int, ratio: float) -> dict[str, Any]:
     return next(r for r in rows if (r["frames"], r["prune_ratio"]) == (frames, ratio))
 
@@ -135,6 +179,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "engines": engines_table,
     "full_size": full_size_table,
 }
+if STREAM.exists():  # no run is stored yet
+    TABLES["stream"] = stream_table
 
 
 def updated(text: str) -> str:

@@ -7,6 +7,7 @@ from stts_export.errors import (
     SttsError,
     VerificationError,
 )
+from stts_export.live.events import LiveAnswer, LiveEnd, LiveNotice
 from stts_export.runtime.logits import Sampling, TokenLogprob
 from stts_export.runtime.prompt import Subtitle, multiple_choice
 from stts_export.runtime.session import Answer, EncodedClip, Session
@@ -18,6 +19,9 @@ __all__ = [
     "EncodedClip",
     "EncodedImage",
     "InputError",
+    "LiveAnswer",
+    "LiveEnd",
+    "LiveNotice",
     "MissingDependencyError",
     "Sampling",
     "Session",

@@ -23,7 +23,7 @@ from stts_export.training import evaluation
 from tests.helpers import prompt_ids, random_frames
 from tests.standins.fixtures import install_cuda
 
-VERBS = ("build", "run", "inspect", "verify", "train", "eval")
+VERBS = ("build", "run", "watch", "inspect", "verify", "train", "eval")
 
 
 @pytest.fixture(scope="module")

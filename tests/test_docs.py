@@ -21,6 +21,7 @@ from stts_export.tensors import SELECT_PACK, graph_file, graph_specs, profiles
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LIVE = (ROOT / "docs" / "live.md").read_text(encoding="utf-8")
 TENSORRT = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     path
@@ -70,7 +71,7 @@ def test_readme_commands_and_example_run(
 ):
     monkeypatch.chdir(workplace)
     commands = _commands(README)
-    verbs = {"build", "inspect", "run", "verify", "doctor", "estimate", "convert"}
+    verbs = {"build", "inspect", "run", "verify", "watch", "doctor", "estimate", "convert"}
     assert {command[1] for command in commands} == verbs
     for command in commands:
         assert command[0] == "stts-export"
@@ -83,6 +84,29 @@ def test_readme_commands_and_example_run(
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2
     assert all(re.fullmatch(r"\w+ \d+/\d+ windows", line) for line in printed)
+
+
+def test_commands_and_example_of_the_live_guide_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(workplace)
+    bundle = workplace / "demo_bundle"
+    if not bundle.exists():  # the README's first command builds it
+        bundle.symlink_to(workplace / "demo_out" / "bundle")
+    commands = _commands(LIVE)
+    assert len(commands) == 3
+    for command in commands:
+        assert command[0] == "stts-export"
+        assert main(command[1:]) == 0, (command, capsys.readouterr().err)
+    assert (workplace / "live-1.png").exists()
+    capsys.readouterr()
+    (example,) = _blocks("python", LIVE)
+    script = workplace / "live.py"
+    script.write_text(example)
+    runpy.run_path(str(script))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) >= 2
+    assert all(re.fullmatch(r"[\d.]+-[\d.]+ s: .+, \d+/\d+ windows", line) for line in printed)
 
 
 def test_commands_of_the_tensorrt_guide_run(
@@ -168,7 +192,7 @@ def test_every_extra_in_the_readme_is_defined():
     assert extras is not None
     named = {
         extra
-        for group in re.findall(r"stts-export\[([\w,-]+)\]", README + TENSORRT)
+        for group in re.findall(r"stts-export\[([\w,-]+)\]", README + TENSORRT + LIVE)
         for extra in group.split(",")
     }
     assert named <= set(extras)

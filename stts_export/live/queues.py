@@ -173,7 +173,8 @@ class Desk:
     """Work for the answering thread, in order.
 
     Args:
-        policy: "newest" lets a question that is due replace one that waits; "wait" makes it wait.
+        policy: "newest" lets a question that is due replace one that waits, unless segments came
+            in between; "wait" makes it wait.
         pieces: most segments that wait; whoever brings one more waits under both policies, so
             that its frames pile up where they are dropped and counted.
         on_skip: called with a question that was replaced.
@@ -193,11 +194,8 @@ class Desk:
             self._changed.wait_for(lambda: self._is_closed or self._has_room(work))
             if self._is_closed:
                 return False
-            if isinstance(work, Question) and work.is_due:
-                for older in [entry for entry in self._work if _waits(entry)]:
-                    assert isinstance(older, Question)
-                    self._work.remove(older)
-                    self._on_skip(older)
+            if _waits(work):
+                self._replace_older()
             self._work.append(work)
             self._changed.notify_all()
             return True
@@ -224,6 +222,16 @@ class Desk:
             self._is_closed = True
             self._work.clear()
             self._changed.notify_all()
+
+    def _replace_older(self) -> None:
+        """Give up the newest question that is due, where no segment came after it."""
+        for older in reversed(self._work):
+            if isinstance(older, Piece):
+                return
+            if older.is_due:
+                self._work.remove(older)
+                self._on_skip(older)
+                return
 
     def _has_room(self, work: Piece | Question) -> bool:
         if isinstance(work, Piece):

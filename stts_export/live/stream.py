@@ -524,6 +524,7 @@ class LiveStream:
     # Answering.
 
     def _answer(self) -> None:
+        self._turns.hurry()
         while (work := self._desk.take()) is not None:
             if isinstance(work, Piece):
                 self._answering.take_piece(work)

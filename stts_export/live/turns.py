@@ -1,8 +1,9 @@
 """Fair turns at the graphs that several streams share.
 
 A turn is one call of a graph: a few frames through `vision_lower`, some bins through
-`vision_upper`, a prefill, a token. Whoever has had the least time goes next, so that a stream with
-long answers does not hold up the frames of another.
+`vision_upper`, a prefill, a token. The stream that has had the least time goes next, so that long
+answers of one do not hold up the frames of another. Within a stream answers go before frames, but
+no call waits for more than a second because of that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import DTypeLike, NDArray
@@ -29,13 +31,13 @@ class Turns:
     def __init__(self, slots: int = 1) -> None:
         self._free = slots
         self._changed = threading.Condition()
-        self._waiting: dict[int, str] = {}
-        """Who waits, in order of arrival."""
+        self._waiting: dict[int, _Waiting] = {}
+        """In order of arrival."""
         self._used: dict[str, float] = {}
         """Seconds that a party has had, counted from where the least served one stood when it
         came: being away earns nothing."""
         self._next = 0
-        self._held = threading.local()
+        self._own = threading.local()
 
     @contextmanager
     def take(self, party: str) -> Iterator[None]:
@@ -44,20 +46,24 @@ class Turns:
         Args:
             party: whose time it counts as.
         """
-        if getattr(self._held, "depth", 0):
+        if getattr(self._own, "has_turn", False):
             yield
             return
         self._wait(party)
-        self._held.depth = 1
+        self._own.has_turn = True
         started = time.perf_counter()
         try:
             yield
         finally:
-            self._held.depth = 0
+            self._own.has_turn = False
             with self._changed:
                 self._used[party] += time.perf_counter() - started
                 self._free += 1
                 self._changed.notify_all()
+
+    def hurry(self) -> None:
+        """Let the calls of this thread go before others of the same party."""
+        self._own.is_urgent = True
 
     def leave(self, party: str) -> None:
         """Forget a party that will not come back."""
@@ -70,7 +76,8 @@ class Turns:
             others = [used for name, used in self._used.items() if name != party]
             floor = min(others, default=0.0)
             self._used[party] = max(self._used.get(party, floor), floor - _CREDIT)
-            self._waiting[ticket] = party
+            is_urgent = getattr(self._own, "is_urgent", False)
+            self._waiting[ticket] = _Waiting(party, is_urgent, time.monotonic())
             while not (self._free and self._first() == ticket):
                 self._changed.wait()
             del self._waiting[ticket]
@@ -78,11 +85,29 @@ class Turns:
             self._changed.notify_all()  # there may be another free one
 
     def _first(self) -> int:
-        return min(self._waiting, key=lambda ticket: (self._used[self._waiting[ticket]], ticket))
+        now = time.monotonic()
+
+        def rank(ticket: int) -> tuple[float, bool, int]:
+            waiting = self._waiting[ticket]
+            goes_first = waiting.is_urgent or now - waiting.since > _PATIENCE
+            return self._used[waiting.party], not goes_first, ticket
+
+        return min(self._waiting, key=rank)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    party: str
+    is_urgent: bool
+    since: float
 
 
 _CREDIT = 0.5
 """Seconds by which a party may be ahead that was waiting for its frames meanwhile."""
+
+
+_PATIENCE = 1.0
+"""Seconds after which a call counts as urgent."""
 
 
 class SharedRunner:

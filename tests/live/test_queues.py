@@ -107,9 +107,28 @@ def test_a_question_that_is_due_replaces_one_that_waits():
     asked, piece = _question(0, is_due=False), Piece((), 0.0)
     for work in (_question(1), asked, piece, _question(2), _question(3)):
         assert desk.put(work)
-    assert [entry.prompt for entry in skipped] == ["question 1", "question 2"]
+    assert [entry.prompt for entry in skipped] == ["question 2"]
     desk.finish()
-    assert [desk.take() for _ in range(4)] == [asked, piece, _question(3), None]
+    assert [desk.take() for _ in range(5)] == [_question(1), asked, piece, _question(3), None]
+
+
+def test_questions_are_taken_even_if_segments_come_faster_than_they_are_taken():
+    skipped: list[Question] = []
+    desk = Desk("newest", 2, skipped.append)
+
+    def bring() -> None:
+        for number in range(20):
+            desk.put(Piece((), number))
+            desk.put(_question(number))
+        desk.finish()
+
+    thread, _ = _started(bring)
+    taken = []
+    while (work := desk.take()) is not None:
+        taken.append(work)
+    _ended(thread)
+    assert sum(isinstance(work, Question) for work in taken) == 20
+    assert skipped == []
 
 
 def test_questions_of_a_file_wait_for_each_other():

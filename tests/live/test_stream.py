@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +16,10 @@ import pytest
 
 from stts_export import Session
 from stts_export.live.events import Counters, LiveAnswer, LiveEnd, LiveEvent, LiveNotice
+from stts_export.live.sources.base import Arrival, Reporter
+from stts_export.live.turns import SharedRunner, Turns
 from stts_export.runtime.resize import resize_frames
+from stts_export.tensors import VISION_UPPER_FRAMES
 from tests.helpers import random_frames, write_video
 
 QUESTION = "How many objects are there?"
@@ -198,3 +204,88 @@ def test_a_whole_file_in_a_window_is_what_run_answers(session: Session, tmp_path
     assert answer.frames == expected.frames == 8
     assert answer.token_ids == expected.token_ids
     assert answer.kept_windows == expected.kept_windows
+
+
+class _Odd:
+    """A source with frames of changing size, broken times and a break."""
+
+    name, is_live = "odd", False
+
+    def arrivals(self, stop: threading.Event, report: Reporter) -> Iterator[Arrival]:
+        times = [5.0, 5.5, None, 6.5, 6.4, math.nan, 99_999.0, 99_999.5, 0.0, 0.5]
+        for number, pts in enumerate(times):
+            size = (48, 48) if number < 4 else (90, 30)
+            picture = random_frames(1, size, seed=number)[0]
+            yield Arrival(pts, None, number == 0, functools.partial(np.asarray, picture))
+
+
+def test_broken_times_and_changing_sizes_do_not_stop_a_stream(session: Session):
+    with session.stream(_Odd(), prompt=QUESTION, every="1s", window="4s", gate=1) as live:
+        events = list(live)
+    answers = _answers(events)
+    ends = [answer.end for answer in answers]
+    assert ends == sorted(set(ends))
+    assert all((np.diff(answer.timestamps) > 0).all() for answer in answers)
+    end = events[-1]
+    assert isinstance(end, LiveEnd)
+    assert end.error is None
+    assert end.counters.decoded == 10
+    assert end.counters.repaired_times == 5
+    notices = [event for event in events if isinstance(event, LiveNotice)]
+    assert [notice.kind for notice in notices] == ["timestamps"]
+
+
+def test_a_gate_leaves_out_what_is_the_same_and_counts_it(session: Session):
+    still = np.repeat(FRAMES[:1], 20, axis=0)
+    still[12:, :10, :10] ^= 255
+    events = _watch(session, still, every="2s", window="4s", gate=8.0)
+    answers = _answers(events)
+    assert [answer.end for answer in answers] == [0.0, 4.0, 6.0, 6.0]
+    assert [answer.frames for answer in answers] == [1, 1, 2, 1]
+    end = events[-1]
+    assert isinstance(end, LiveEnd)
+    counted = end.counters
+    assert counted.sampled == counted.gated + counted.encoded == 20
+    assert counted.encoded == 3
+
+
+def test_nobody_reads_the_events(session: Session):
+    """They are bounded; the newest, and the end, are there in the end."""
+    with session.stream(prompt=QUESTION, every="500ms", window="1s", max_new_tokens=1) as live:
+        for number in range(600):
+            while live.queue_depth > 4:
+                time.sleep(0.001)
+            live.push(FRAMES[number % 40], number / 2)
+        live.finish()
+        while not live.is_over:
+            time.sleep(0.001)
+        events = list(live)
+    end = events[-1]
+    assert isinstance(end, LiveEnd)
+    assert len(events) <= 257
+    assert end.counters.answers == len(_answers(events)) + live.counters.dropped_events
+    assert _answers(events)[-1].end == 299.5
+
+
+def test_the_ratio_follows_the_budget(text_bundle: Path):
+    """The upper part is made slow: answers are late at first, then the ratio is raised."""
+    with Session.open(text_bundle, threads=1) as session:
+        upper = session.runners[VISION_UPPER_FRAMES]
+
+        class Slow(SharedRunner):
+            def __call__(self, inputs: Any, in_place: Any = None) -> Any:
+                bins = inputs["bins"]
+                time.sleep(0.002 * bins.shape[0] * bins.shape[1] / 9)  # 2 ms a window
+                return super().__call__(inputs, in_place)
+
+        session.runners[VISION_UPPER_FRAMES] = Slow(upper, Turns(), "slow")
+        frames = random_frames(24, (48, 48), seed=4)
+        # 8 frames of 16 windows take 256 ms unpruned.
+        events = _watch(session, frames, every="1s", window="4s", latency="120ms", max_new_tokens=1)
+    answers = _answers(events)
+    assert answers[0].prune_ratio == 0.5
+    assert answers[0].predicted_latency is None
+    assert answers[-1].prune_ratio > 0.5
+    assert answers[-1].kept_windows < answers[-1].total_windows / 2
+    assert any(answer.ratio_reason.startswith("raised") for answer in answers)
+    assert all("budget 0.12 s" in answer.ratio_reason for answer in answers[1:])

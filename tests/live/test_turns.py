@@ -85,6 +85,31 @@ def test_long_calls_of_one_do_not_hold_up_short_calls_of_another():
     assert done["short"] >= 3 * done["long"] > 0
 
 
+def test_answers_go_before_frames_of_their_stream_but_do_not_shut_them_out(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("stts_export.live.turns._PATIENCE", 0.1)
+    runner, turns = _Slow(0.005), Turns()
+    shared = SharedRunner(runner, turns, "a")
+    done = {"answers": 0, "frames": 0}
+    until = time.monotonic() + 1.0
+
+    def run(role: str, is_urgent: bool) -> None:
+        if is_urgent:
+            turns.hurry()
+        done[role] = _calls(shared, until, 1.0)
+
+    # Two answering threads, so that one always waits.
+    threads = [threading.Thread(target=run, args=("answers", True)) for _ in range(2)]
+    threads.append(threading.Thread(target=run, args=("frames", False)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert 3 <= done["frames"] <= 20
+    assert done["answers"] >= 3 * done["frames"]
+
+
 def test_turns_within_a_turn_are_part_of_it():
     turns = Turns()
     with turns.take("a"), turns.take("a"):
