@@ -460,9 +460,12 @@ class LiveStream:
         """Run frames through vision_lower, and empty the list."""
         while samples and not self._stop.is_set():
             is_exact = self.settings.mode == "exact"
-            most = len(samples) if is_exact else self.plan.segment - len(self._window)
-            number = self._store.room(min(most, len(samples)), _ROOM_SECONDS)
-            if _is_device(samples[0].pixels):
+            most = len(samples) if is_exact else self._segment_room(samples)
+            if most == 0:
+                self._hand_over_piece()
+                continue
+            number = self._store.room(most, _ROOM_SECONDS)
+            if _is_device(samples[0].pixels) or self._turns.is_hurried:
                 number = min(number, 1)
             if number == 0:
                 continue
@@ -484,6 +487,13 @@ class LiveStream:
             elif len(self._window) == self.plan.segment:
                 self._hand_over_piece()
         samples.clear()
+
+    def _segment_room(self, samples: Sequence[Sample]) -> int:
+        """How many of the next samples belong to the open segment, in number and in time."""
+        first = self._window[0].time if self._window else samples[0].time
+        end = first + self.plan.segment / self.plan.fps - _SLACK
+        in_time = sum(sample.time < end for sample in samples)
+        return min(in_time, self.plan.segment - len(self._window))
 
     def _slide(self) -> None:
         """Let go of the frames that have left the window."""
@@ -524,12 +534,12 @@ class LiveStream:
     # Answering.
 
     def _answer(self) -> None:
-        self._turns.hurry()
         while (work := self._desk.take()) is not None:
-            if isinstance(work, Piece):
-                self._answering.take_piece(work)
-                continue
-            answered = self._answering.answer(work, self._go_on, self._since_last)
+            with self._turns.hurry():
+                if isinstance(work, Piece):
+                    self._answering.take_piece(work)
+                    continue
+                answered = self._answering.answer(work, self._go_on, self._since_last)
             if answered is None:
                 self.notice("empty", "a question found no frames in its window")
                 continue

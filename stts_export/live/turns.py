@@ -37,6 +37,7 @@ class Turns:
         """Seconds that a party has had, counted from where the least served one stood when it
         came: being away earns nothing."""
         self._next = 0
+        self._hurried = 0
         self._own = threading.local()
 
     @contextmanager
@@ -61,9 +62,23 @@ class Turns:
                 self._free += 1
                 self._changed.notify_all()
 
-    def hurry(self) -> None:
-        """Let the calls of this thread go before others of the same party."""
+    @contextmanager
+    def hurry(self) -> Iterator[None]:
+        """Let the calls of this thread go before others of the same party meanwhile."""
+        with self._changed:
+            self._hurried += 1
         self._own.is_urgent = True
+        try:
+            yield
+        finally:
+            self._own.is_urgent = False
+            with self._changed:
+                self._hurried -= 1
+
+    @property
+    def is_hurried(self) -> bool:
+        """Whether somebody hurries, so that calls should be short."""
+        return self._hurried > 0
 
     def leave(self, party: str) -> None:
         """Forget a party that will not come back."""

@@ -235,6 +235,21 @@ def test_broken_times_and_changing_sizes_do_not_stop_a_stream(session: Session):
     assert [notice.kind for notice in notices] == ["timestamps"]
 
 
+def test_segments_end_in_time_where_samples_are_missing(session: Session):
+    """A segment that gaps stretch over the window would leave it as a whole."""
+    changes = {0, 3, 6, 9, 10, 13}
+    frames, shown = [], FRAMES[0]
+    for number in range(17):
+        shown = FRAMES[number] if number in changes else shown
+        frames.append(shown)
+    events = _watch(
+        session, frames, mode="incremental", window="2s", segment="2s", every="4s", gate=1.0
+    )
+    got = [answer.timestamps.tolist() for answer in _answers(events)]
+    assert got == [[3.0], [6.5]]
+    assert [type(event) for event in events] == [LiveAnswer, LiveAnswer, LiveEnd]
+
+
 def test_a_gate_leaves_out_what_is_the_same_and_counts_it(session: Session):
     still = np.repeat(FRAMES[:1], 20, axis=0)
     still[12:, :10, :10] ^= 255

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -95,9 +96,9 @@ def test_answers_go_before_frames_of_their_stream_but_do_not_shut_them_out(
     until = time.monotonic() + 1.0
 
     def run(role: str, is_urgent: bool) -> None:
-        if is_urgent:
-            turns.hurry()
-        done[role] = _calls(shared, until, 1.0)
+        with turns.hurry() if is_urgent else nullcontext():
+            assert turns.is_hurried or not is_urgent
+            done[role] = _calls(shared, until, 1.0)
 
     # Two answering threads, so that one always waits.
     threads = [threading.Thread(target=run, args=("answers", True)) for _ in range(2)]
@@ -108,6 +109,7 @@ def test_answers_go_before_frames_of_their_stream_but_do_not_shut_them_out(
         thread.join(10)
     assert 3 <= done["frames"] <= 20
     assert done["answers"] >= 3 * done["frames"]
+    assert not turns.is_hurried
 
 
 def test_turns_within_a_turn_are_part_of_it():
