@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
+from typing import Any, NoReturn, TextIO
 
 from stts_export._version import __version__
 from stts_export.cli import (
@@ -23,6 +26,7 @@ from stts_export.cli import (
     verify,
     watch,
 )
+from stts_export.cli.watch import say
 from stts_export.errors import MissingDependencyError, SttsError
 
 _VERBS: tuple[tuple[str, str, ModuleType], ...] = (
@@ -60,9 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 done, 1 bad input, 3 verification failed, 4 something is not installed, 130 interrupted,
-        143 terminated; 2 (usage) is argparse's own exit.
+        0 done, 1 bad input or nobody to tell, 3 verification failed, 4 something is not installed,
+        130 interrupted, 143 terminated; 2 (usage) is argparse's own exit.
     """
+    if sys.stderr is None:  # it was closed: `print` would take stdout in its place
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
     for stream in (sys.stdout, sys.stderr):
         # What a terminal cannot show is no reason to lose an answer.
         if isinstance(stream, io.TextIOWrapper):
@@ -73,18 +79,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO if arguments.verbose else logging.WARNING,
         format="%(levelname)s: %(message)s",
     )
+    code = _code(arguments)
+    _is_written(sys.stderr)
+    return code if _is_written(sys.stdout) else code or 1
+
+
+def _code(arguments: argparse.Namespace) -> int:
     try:
         with _known_packages(arguments.verb):
             code: int = arguments.run(arguments)
             return code
     except SttsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the next one would end Python in its midst
+        say("interrupted")
         return 130
+
+
+def _is_written(stream: TextIO | None) -> bool:
+    """Write what is held back; where that fails it goes nowhere: Python would try, and complain."""
+    if stream is None:
+        return True
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        return False
+    return True
 
 
 @contextmanager
@@ -109,8 +135,24 @@ def _known_packages(verb: str) -> Iterator[None]:
         ) from None
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats no password: what is wrong may be an address."""
+
+    _words: Sequence[str] = ()
+
+    # As in argparse, whose types are overloads.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        from stts_export.live.sources.redaction import redacted_message
+
+        super().error(redacted_message(message, self._words))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stts-export",
         description="Token-pruned video language models on real devices.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -37,8 +38,8 @@ _STOP_SECONDS = 0.5
 """How long threads may take to end when they are told to."""
 _END_SECONDS = 5.0
 """How long they may take when their streams have ended."""
-_GRACE_SECONDS = 0.9
-"""From a signal to the end of the process, whatever hangs."""
+_RESCUE_SECONDS, _GRACE_SECONDS = 0.5, 0.9
+"""From a signal to the finishing of pictures and to the end of the process, whatever hangs."""
 
 _SETTINGS = (
     "mode", "fps", "prune_ratio", "min_prune_ratio", "max_prune_ratio", "gate", "queue",
@@ -50,13 +51,13 @@ _DURATIONS = ("every", "window", "latency", "segment")
 def options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("bundle", type=Path, help="folder written by build")
     verb.add_argument(
-        "source", nargs="?",
+        "source", nargs="*",
         help="video file, folder of images, address (rtsp, http, udp), camera (/dev/video0), or "
-        "gst: and a GStreamer pipeline",
+        "gst: and a GStreamer pipeline; several are watched at the same time",
     )  # fmt: skip
     verb.add_argument(
         "--source", dest="sources", action="append", default=[], metavar="SOURCE",
-        help="another source, watched at the same time (repeatable)",
+        help="another source (repeatable)",
     )  # fmt: skip
     verb.add_argument("-p", "--prompt", required=True, help="the question")
     _question_options(verb)
@@ -175,7 +176,7 @@ def run(arguments: Arguments) -> int:
     with _Stop(duration) as stop, session, ExitStack() as outputs:
         watch = _Watch(session, sources, settings, overlays, metrics, outputs)
         if metrics is not None and address is not None:
-            print(f"metrics: {metrics.serve(*address)}", file=sys.stderr, flush=True)
+            say(f"metrics: {metrics.serve(*address)}")
         return watch.run(stop, arguments.json)
 
 
@@ -198,7 +199,7 @@ def _settings(arguments: Arguments) -> dict[str, Any]:
 
 
 def _given(arguments: Arguments) -> list[str]:
-    given = [*filter(None, [arguments.source]), *arguments.sources]
+    given = [*arguments.source, *arguments.sources]
     if not given:
         raise InputError(
             "there is no source", where="watch", fix="name one after the bundle, or with --source"
@@ -223,8 +224,12 @@ def _opened(given: Sequence[str], arguments: Arguments) -> list[Source]:
     for field, option in timeouts.items():
         text = getattr(arguments, option)
         if text is not None:
-            is_zero = field == "reconnect_for" and text.strip() == "0"
-            options[field] = 0.0 if is_zero else seconds(text, f"--{option.replace('_', '-')}")
+            name = f"--{option.replace('_', '-')}"
+            zero = re.fullmatch(r"\s*0+(?:\.0*)?(\s*[a-z]*\s*)", text)
+            if zero and field == "reconnect_for":
+                options[field] = 0 * seconds(f"1{zero[1]}", name)  # with a unit that there is
+            else:
+                options[field] = seconds(text, name)
     return [open_source(source, SourceOptions(**options)) for source in given]
 
 
@@ -275,6 +280,7 @@ class _Watch:
         """
         from stts_export.cli.watch_screen import Screen
 
+        stop.pictures = self.pictures
         with ExitStack() as running:
             for stream in self.streams:
                 running.enter_context(stream)
@@ -288,7 +294,7 @@ class _Watch:
             self.outputs.close()
             if is_heard and not as_json:
                 for path in (path for picture in self.pictures for path in picture.written):
-                    print(f"wrote {path}", file=sys.stderr)
+                    say(f"wrote {path}")
             if not has_ended:
                 _leave(code)
         return code
@@ -318,6 +324,12 @@ class _Watch:
         return stop.code or code
 
 
+def say(line: str) -> None:
+    """Print a line on stderr; when nobody takes it, that is no reason to end."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def _exit_code(error: Exception) -> int:
     return error.exit_code if isinstance(error, SttsError) else 1
 
@@ -339,7 +351,8 @@ def _leave(code: int) -> None:
     """End the process although threads run: a library's blocking call cannot be ended."""
     for file in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
-            file.flush()
+            if file is not None:
+                file.flush()
     os._exit(code)
 
 
@@ -347,7 +360,7 @@ class _Stop:
     """What ends a watch early: Ctrl-C, SIGTERM, or its time.
 
     Signals only make a note, so that all is closed in order. Once one came, the process ends within
-    a second, even if that hangs.
+    a second, even if that hangs, and all further ones are ignored.
 
     Args:
         duration: seconds from entering on; None: for ever.
@@ -356,6 +369,8 @@ class _Stop:
     def __init__(self, duration: float | None) -> None:
         self.code: int | None = None
         """Exit code; None while nothing ended it."""
+        self.pictures: Sequence[LiveOverlay] = ()
+        """What is finished before a process that hangs is ended."""
         self._duration = duration
         self._deadline: float | None = None
         self._asked, self._over = Event(), Event()
@@ -377,8 +392,9 @@ class _Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        is_signalled = self.code is not None and self.code > 128
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, signal.SIG_IGN if is_signalled else handler or signal.SIG_DFL)
         self._over.set()
         self._asked.set()
 
@@ -399,5 +415,14 @@ class _Stop:
 
     def _guard(self) -> None:
         self._asked.wait()
-        if not self._over.wait(_GRACE_SECONDS):
+        deadline = time.monotonic() + _GRACE_SECONDS
+        if self._over.wait(_RESCUE_SECONDS):
+            return
+        # In threads of their own: one that draws at this moment is waited for.
+        rescues = [Thread(target=picture.close, daemon=True) for picture in self.pictures]
+        for rescue in rescues:
+            rescue.start()
+        if not self._over.wait(max(0.0, deadline - time.monotonic())):
+            for picture in self.pictures:
+                picture.discard()
             os._exit(self.code or 0)

@@ -7,11 +7,12 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from threading import RLock
 from traceback import format_exception
 from types import TracebackType
-from typing import TextIO
 
+from stts_export.cli.watch import say
 from stts_export.errors import SttsError
 from stts_export.live.events import LiveAnswer, LiveEnd, LiveEvent, LiveNotice, json_line
 from stts_export.live.metrics import Watched
@@ -58,11 +59,15 @@ class Screen:
             self.clear()
 
     def show(self, event: LiveEvent) -> None:
-        """Print an event; why a stream failed is always said on stderr."""
+        """Print an event; why a stream failed is always said on stderr.
+
+        Raises:
+            BrokenPipeError: stdout takes nothing more, or was never there.
+        """
         if self._as_json:
-            self.print(json_line(event), sys.stdout)
+            self._tell(json_line(event))
         elif isinstance(event, LiveAnswer):
-            self.print(f"{self._name(event.stream)}{answer_line(event)}", sys.stdout)
+            self._tell(f"{self._name(event.stream)}{answer_line(event)}")
         elif isinstance(event, LiveNotice):
             self.print(f"{self._name(event.stream)}{notice_line(event)}")
         else:
@@ -72,11 +77,22 @@ class Screen:
         elif isinstance(event, LiveEnd) and event.error is not None:
             self.print("".join(format_exception(event.error)).rstrip())
 
-    def print(self, line: str, file: TextIO | None = None) -> None:
-        """Print a line, to stderr unless told otherwise."""
+    def print(self, line: str) -> None:
+        """Print a line on stderr."""
         with self._lock:
             self.clear()
-            print(line, file=file or sys.stderr, flush=True)
+            say(line)
+
+    def _tell(self, line: str) -> None:
+        """Print a line on stdout."""
+        with self._lock:
+            self.clear()
+            if sys.stdout is None:
+                raise BrokenPipeError
+            try:
+                print(line, flush=True)
+            except OSError as error:
+                raise BrokenPipeError from error
 
     def refresh(self) -> None:
         """Draw the rows again where they are old or were cleared for a line."""
@@ -91,8 +107,7 @@ class Screen:
             rows = [
                 f"{_NO_WRAP}{self._name(stream.name)}{status(stream)}{_WRAP}" for stream in shown
             ]
-            sys.stderr.write("\n".join(rows))
-            sys.stderr.flush()
+            self._draw("\n".join(rows))
             self._rows, self._drawn_at = len(rows), now
 
     def clear(self) -> None:
@@ -100,9 +115,13 @@ class Screen:
         with self._lock:
             if self._rows:
                 up = _UP.format(self._rows - 1) if self._rows > 1 else ""
-                sys.stderr.write(f"\r{up}{_CLEAR_BELOW}")
-                sys.stderr.flush()
+                self._draw(f"\r{up}{_CLEAR_BELOW}")
                 self._rows = 0
+
+    def _draw(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
     def _name(self, name: str) -> str:
         return f"[{plain(name)}] " if len(self._streams) > 1 else ""

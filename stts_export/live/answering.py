@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -56,14 +56,6 @@ class Seen:
     choice: Choice
     pixels: list[Any]
     """Of each frame; empty when nobody looks at them."""
-    timings: dict[str, float]
-    """Seconds per stage."""
-    started: float
-    """When it began, by the monotonic clock."""
-    growing: float
-    """What of the time grows with kept windows, in seconds."""
-    clip: EncodedClip | None
-    """For the decoder; None when it is in the cache."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +66,7 @@ class Told:
     token_ids: list[int]
     finish_reason: str
     timings: dict[str, float]
+    """Seconds per stage."""
     growing: float
     """What of the time grows with the windows that were kept for this question, in seconds."""
 
@@ -84,6 +77,7 @@ class Answering(ABC):
     Args:
         session: the stream's own view of the shared graphs.
         turns: of these graphs.
+        party: whose turns are the stream's.
         name: of the stream.
         settings: what was asked for.
         store: the frames.
@@ -95,6 +89,7 @@ class Answering(ABC):
         self,
         session: Session,
         turns: Turns,
+        party: int,
         name: str,
         settings: StreamSettings,
         store: FrameStore,
@@ -103,6 +98,7 @@ class Answering(ABC):
     ) -> None:
         self._session = session
         self._turns = turns
+        self._party = party
         self._name = name
         self._settings = settings
         self._store = store
@@ -110,16 +106,22 @@ class Answering(ABC):
         self._keep_pixels = keep_pixels
 
     @abstractmethod
-    def take_piece(self, piece: Piece) -> None:
-        """Encode a piece of the stream, where there are such."""
+    def take_piece(self, piece: Piece) -> Mapping[str, float]:
+        """Encode a piece of the stream for good; return seconds per stage."""
 
     @abstractmethod
-    def _seen(self, question: Question) -> list[Seen]:
-        """Vision side of all that a question is about, newest last."""
+    def _printed(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Times of a prompt about frames of these times."""
 
     @abstractmethod
-    def _tell(self, question: Question, seen: Sequence[Seen], on_token: OnToken) -> Told:
-        """Ask the decoder."""
+    def _earlier(self, question: Question) -> Sequence[Seen]:
+        """What the question is about beside its own frames, oldest first."""
+
+    @abstractmethod
+    def _tell(
+        self, question: Question, seen: Seen | None, clip: EncodedClip | None, on_token: OnToken
+    ) -> Told:
+        """Ask the decoder about earlier frames and the question's own, if it has any."""
 
     def answer(
         self, question: Question, on_token: OnToken, since_last: Callable[[], Counters]
@@ -135,8 +137,14 @@ class Answering(ABC):
             The answer and its frames; None when there are no frames.
         """
         waited = time.monotonic() - question.arrived
-        seen = self._seen(question)
-        if not seen:
+        parts = list(self._earlier(question))
+        own: Seen | None = None
+        clip: EncodedClip | None = None
+        if question.frames:
+            windows = len(question.frames) * self._session.config.vision.windows
+            own, clip = self._encode(question.frames, self._controller.choose(windows))
+            parts.append(own)
+        if not parts:
             return None
         first: list[float] = []
 
@@ -144,16 +152,16 @@ class Answering(ABC):
             first.append(time.monotonic())
             on_token(token)
 
-        told = self._tell(question, seen, note)
+        told = self._tell(question, own, clip, note)
         now = time.monotonic()
-        newest = seen[-1]
         latency = now - question.arrived
-        growing = newest.growing + told.growing
-        is_part = newest.started >= question.arrived  # it was not done before the question came
-        rest = max(0.0, latency - (growing if is_part else told.growing))
-        self._controller.measured(int(newest.keep.sum()), growing, rest)
-        keep = np.concatenate([part.keep for part in seen])
-        times = np.concatenate([part.times for part in seen])
+        seeing = {} if clip is None else clip.timings
+        if clip is not None:
+            growing = seeing["vision_upper"] + told.growing
+            self._controller.measured(clip.kept_windows, growing, latency - growing)
+        newest = parts[-1]
+        keep = np.concatenate([part.keep for part in parts])
+        times = np.concatenate([part.times for part in parts])
         answer = LiveAnswer(
             stream=self._name,
             question=question.prompt,
@@ -173,17 +181,16 @@ class Answering(ABC):
             latency=latency,
             first_token=(first[0] if first else now) - question.arrived,
             since_last=since_last(),
-            timings={"waited": waited, **newest.timings, **told.timings},
+            timings={"waited": waited, **seeing, **told.timings},
             note=newest.note,
             timestamps=times,
+            prompt_times=self._printed(times),
             keep=keep,
         )
-        return answer, [pixels for part in seen for pixels in part.pixels]
+        return answer, [pixels for part in parts for pixels in part.pixels]
 
-    def _encode(self, frames: Sequence[LowerFrame]) -> Seen:
-        """Select from frames and run the upper part; releases them."""
-        config = self._session.config.vision
-        choice = self._controller.choose(len(frames) * config.windows)
+    def _encode(self, frames: Sequence[LowerFrame], choice: Choice) -> tuple[Seen, EncodedClip]:
+        """Select from frames, as a clip, and run the upper part; releases them."""
         ratio, count, note = self._session.removal(len(frames), choice.ratio)
         restart = len(frames) if count == 0 else 1
         if frames[0].is_fresh and (count > 0 or all(frame.is_fresh for frame in frames)):
@@ -194,32 +201,38 @@ class Answering(ABC):
         gathered = time.monotonic() - started
         runners = self._session.vision_runners()
         # What the plugin selects stays in its own memory only until it runs again.
-        whole = self._turns.take(self._name) if runners.select_pack else nullcontext()
+        whole = self._turns.take(self._party) if runners.select_pack else nullcontext()
         with whole:
-            out = vision.finish(runners, config, hidden, scores, count)
+            out = vision.finish(runners, self._session.config.vision, hidden, scores, count)
         times = np.array([frame.time for frame in frames])
-        timings = {"vision_lower": gathered, **out.timings}
+        timings = {"first_frame": gathered, **out.timings}
         clip = EncodedClip(
             out.scores, out.keep, out.features, times - times[0], ratio, note, timings
         )
         pixels = [frame.pixels for frame in frames] if self._keep_pixels else []
-        growing = out.timings["vision_upper"]
-        return Seen(times, out.keep, ratio, note, choice, pixels, timings, started, growing, clip)
+        return Seen(times, out.keep, ratio, note, choice, pixels), clip
 
 
 class ExactAnswering(Answering):
     """A question's window is one clip: what `Session.generate` says about its frames."""
 
-    def take_piece(self, piece: Piece) -> None:
+    def take_piece(self, piece: Piece) -> Mapping[str, float]:
         """There are no pieces in this mode."""
         raise AssertionError(piece)
 
-    def _seen(self, question: Question) -> list[Seen]:
-        return [self._encode(question.frames)] if question.frames else []
+    def _printed(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
+        printed: NDArray[np.float64] = times - times[0]
+        return printed
 
-    def _tell(self, question: Question, seen: Sequence[Seen], on_token: OnToken) -> Told:
+    def _earlier(self, question: Question) -> Sequence[Seen]:
+        return ()
+
+    def _tell(
+        self, question: Question, seen: Seen | None, clip: EncodedClip | None, on_token: OnToken
+    ) -> Told:
+        assert clip is not None
         answer = self._session.generate(
-            seen[-1].clip,
+            clip,
             question.prompt,
             self._settings.max_new_tokens,
             sampling=self._settings.sampling,
@@ -232,7 +245,7 @@ class ExactAnswering(Answering):
 
 
 class IncrementalAnswering(Answering):
-    """Pieces of the stream are in the KV cache before a question comes.
+    """Older frames are in the KV cache before a question comes; its own are put there for it.
 
     Args:
         cache: of the stream.
@@ -245,40 +258,52 @@ class IncrementalAnswering(Answering):
         self._parts: deque[Seen] = deque()
         """Parallel to the segments of the cache."""
 
-    def take_piece(self, piece: Piece) -> None:
-        """Encode a piece and put it into the cache."""
-        seen = self._encode(piece.frames)
+    def take_piece(self, piece: Piece) -> Mapping[str, float]:
+        """Encode a piece and put it into the cache for good."""
+        seen, clip = self._encode(piece.frames, self._controller.current)
         self._drop(piece.drop_before)
-        assert seen.clip is not None
         started = time.monotonic()
-        self._cache.append(seen.times, seen.keep, seen.clip.features)
-        prefill = time.monotonic() - started
-        timings = {**seen.timings, "segment": prefill}
-        growing = seen.growing + prefill
-        self._parts.append(replace(seen, timings=timings, growing=growing, clip=None))
+        self._cache.append(seen.times, seen.keep, clip.features)
+        self._parts.append(seen)
+        return {**clip.timings, "segment": time.monotonic() - started}
 
     def _drop(self, before: float) -> None:
         self._cache.drop_before(before)
         while len(self._parts) > len(self._cache.segments):
             self._parts.popleft()
 
-    def _seen(self, question: Question) -> list[Seen]:
-        self._drop(question.drop_before)
-        return list(self._parts)
+    def _printed(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
+        return times
 
-    def _tell(self, question: Question, seen: Sequence[Seen], on_token: OnToken) -> Told:
+    def _earlier(self, question: Question) -> Sequence[Seen]:
+        self._drop(question.drop_before)
+        return self._parts
+
+    def _tell(
+        self, question: Question, seen: Seen | None, clip: EncodedClip | None, on_token: OnToken
+    ) -> Told:
         session, settings = self._session, self._settings
         prompts = session.prompts
         assert prompts is not None
         text = session.answer_text(settings.stop)
-        out = self._cache.ask(
-            prompts.conversation_part(question.prompt),
-            max_new_tokens=settings.max_new_tokens,
-            eos_ids=session.eos_token_ids,
-            sampling=settings.sampling,
-            text=text,
-            on_token=on_token,
-        )
-        timings = {"prefill": out.prefill_seconds, "decode": out.decode_seconds}
+        started = time.monotonic()
+        if seen is not None and clip is not None:
+            self._cache.append(seen.times, seen.keep, clip.features)
+        appended = time.monotonic() - started
+        try:
+            out = self._cache.ask(
+                prompts.conversation_part(question.prompt),
+                max_new_tokens=settings.max_new_tokens,
+                eos_ids=session.eos_token_ids,
+                sampling=settings.sampling,
+                text=text,
+                on_token=on_token,
+            )
+        finally:
+            if seen is not None:
+                self._cache.take_back()
+        timings = {
+            "segment": appended, "prefill": out.prefill_seconds, "decode": out.decode_seconds
+        }  # fmt: skip
         said = text.text if text else ""
-        return Told(said, out.token_ids, out.finish_reason, timings, 0.0)
+        return Told(said, out.token_ids, out.finish_reason, timings, appended)

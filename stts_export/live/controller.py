@@ -46,6 +46,11 @@ class FixedRatio:
     def __init__(self, ratio: float, reason: str) -> None:
         self._choice = Choice(ratio, reason)
 
+    @property
+    def current(self) -> Choice:
+        """The ratio."""
+        return self._choice
+
     def choose(self, windows: int) -> Choice:
         """Return the ratio, whatever the number of windows is."""
         return self._choice
@@ -71,6 +76,11 @@ class ElasticRatio:
         self._per_window: float | None = None
         self._rest = 0.0
         self._calm = 0
+
+    @property
+    def current(self) -> Choice:
+        """The ratio of the newest question, for what no question waits for."""
+        return Choice(self._ratio, "that of the newest question")
 
     def choose(self, windows: int) -> Choice:
         """Return the ratio for a question.

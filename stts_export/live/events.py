@@ -109,7 +109,10 @@ class LiveAnswer:
     note: str | None
     """Why nothing was removed, or None when something was."""
     timestamps: NDArray[np.float64] = field(repr=False)
-    """(T,) times of the frames."""
+    """(T,) times of the frames, on the stream's clock."""
+    prompt_times: NDArray[np.float64] = field(repr=False)
+    """(T,) the times that the prompt prints; in exact mode from the window's first frame on.
+    `Session.generate` with them as `timestamps` then gives the same answer about these frames."""
     keep: NDArray[np.bool_] = field(repr=False)
     """(T, W): windows that survived."""
 
@@ -158,7 +161,7 @@ def _values(event: LiveAnswer | LiveNotice | LiveEnd, kind: str) -> dict[str, An
     fields: Mapping[str, Any] = {
         name: getattr(event, name)
         for name in event.__dataclass_fields__
-        if name not in ("timestamps", "keep")
+        if name not in ("timestamps", "prompt_times", "keep")
     }
     return {
         "event": kind,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stts_export.config import VisionConfig
+from stts_export.live.sample import Sample
 from stts_export.runtime import vision
 from stts_export.runtime.decoder import Runner
 from stts_export.tensors import LOWER_CHUNK, Precision
@@ -26,8 +27,6 @@ class LowerFrame:
     time: float
     pixels: Any
     """uint8 (height, width, 3) at the model's size, or (1, height, width, 3) on a GPU."""
-    arrived: float
-    """When it came, by the monotonic clock."""
     scores: NDArray[np.float32] | None
     """(W,); None without a scorer."""
     slot: int
@@ -80,41 +79,40 @@ class FrameStore:
             part = self._taken[self._next : self._next + min(wanted, LOWER_CHUNK)]
             return int(np.argmax(part)) if part.any() else len(part)
 
-    def run(
-        self,
-        times: Sequence[float],
-        pixels: Sequence[Any],
-        arrived: Sequence[float],
-        fresh: Sequence[bool],
-    ) -> list[LowerFrame]:
-        """Run frames for which there is room; each is held once.
+    def run(self, samples: Sequence[Sample], *, begins_clip: bool) -> list[LowerFrame]:
+        """Run samples for which there is room; each frame is held once.
 
         Args:
-            times: of the stream.
-            pixels: of each frame.
-            arrived: when each came.
-            fresh: which of them begin a clip.
+            samples: in order.
+            begins_clip: the first of them is the first frame of a clip.
         """
-        slots = slice(self._next, self._next + len(times))
+        slots = slice(self._next, self._next + len(samples))
         scores = None if self._scores is None else self._scores[slots]
-        starts = np.array(fresh) | self._plain
-        batch = _batch(pixels)
-        vision.lower_chunk(self._runner, batch, starts, self._view, self._hidden[slots], scores)
+        fresh = np.full(len(samples), self._plain)
+        fresh[0] |= begins_clip
+        batch = _batch([sample.pixels for sample in samples])
+        vision.lower_chunk(self._runner, batch, fresh, self._view, self._hidden[slots], scores)
         host = None if scores is None else self._runner.to_host(scores).copy()
         with self._changed:
             self._taken[slots] = True
             self._next = slots.stop % len(self._taken)
         return [
             LowerFrame(
-                times[place],
-                pixels[place],
-                arrived[place],
+                sample.time,
+                sample.pixels,
                 None if host is None else host[place],
                 slots.start + place,
-                bool(starts[place]),
+                bool(fresh[place]),
             )
-            for place in range(len(times))
+            for place, sample in enumerate(samples)
         ]
+
+    def on_host(self, pixels: Any) -> NDArray[np.uint8]:
+        """Pixels of a frame, (height, width, 3), also of one on a GPU."""
+        if isinstance(pixels, np.ndarray):
+            return pixels
+        host: NDArray[np.uint8] = self._runner.to_host(pixels)[0]
+        return host
 
     def hold(self, frames: Sequence[LowerFrame]) -> None:
         """Keep frames for one more user."""

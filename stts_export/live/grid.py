@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 MAX_JUMP = 10.0
-"""Seconds between two frames of a stream beyond which its times are taken to have jumped."""
+"""Seconds between two frames of a live source, beyond what the wall clock says, from which on its
+times are taken to have jumped."""
+MAX_STILL = 3600.0
+"""The same for recordings, in which a frame may stay for long: it is sampled all the while."""
 MAX_STEP_BACK = 1.0
 """Seconds by which a time may be too early without the clock being taken to have been set back."""
 LONGEST_STILL = 2.0
@@ -48,7 +51,7 @@ class StreamClock:
     Args:
         is_live: times of the source advance with the wall clock.
         on_repair: called with what was wrong.
-        max_jump: seconds between two frames, beyond what went by, that count as a jump.
+        max_jump: seconds between two frames, beyond what is expected, that count as a jump.
     """
 
     def __init__(
@@ -84,7 +87,8 @@ class StreamClock:
             self._anchor(pts, time)
         else:
             went_by = wall - self._last_wall
-            guess = self.last + max(went_by if self._is_live else self._step, _LEAST_STEP)
+            step = went_by if self._is_live else self._duration or self._step
+            guess = self.last + max(step, _LEAST_STEP)
             if is_first:
                 time = guess
                 self._anchor(pts, time)
@@ -102,11 +106,10 @@ class StreamClock:
                 self._anchor(pts, time)
             return time
         time = pts + self._offset
-        latest = guess if self._is_live else last
         if -MAX_STEP_BACK < time - last <= 0:
             self._on_repair(f"the time of a frame is {last - time:.3f} s too early")
             return last + _LEAST_STEP
-        if time <= last or time > latest + self._max_jump:
+        if time <= last or time > guess + self._max_jump:
             self._on_repair(f"the time of a frame jumps by {time - last:.3f} s")
             self._anchor(pts, guess)
             return guess
@@ -124,11 +127,15 @@ class Grid(Generic[Frame]):
     Args:
         step: seconds.
         longest_still: seconds that a frame counts as being on screen when the next one is late.
+        waits: for the next frame, whatever a frame says about its duration: some files err.
     """
 
-    def __init__(self, step: float, longest_still: float = LONGEST_STILL) -> None:
+    def __init__(
+        self, step: float, longest_still: float = LONGEST_STILL, *, waits: bool = False
+    ) -> None:
         self._step = step
         self._longest_still = longest_still
+        self._waits = waits
         self._next = 0
         """The next grid point."""
         self._shown: tuple[float, float, Frame] | None = None
@@ -150,7 +157,8 @@ class Grid(Generic[Frame]):
         self._next = max(self._next, math.ceil((time - _SLACK) / self._step))
         until = time + min(duration or 0.0, self._longest_still)
         self._shown = time, until, frame
-        return moments + self._before(max(until, time + 2 * _SLACK), frame)
+        known = time if self._waits else until
+        return moments + self._before(max(known, time + 2 * _SLACK), frame)
 
     def finish(self) -> list[Moment[Frame]]:
         """End the stream, and sample its end too, as the model's own sampling of files does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import ExitStack
+from glob import escape
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -105,6 +106,15 @@ class LiveOverlay:
         with self._lock:
             if not self._is_over:
                 self._finish()
+
+    def discard(self) -> None:
+        """Remove what is half written, at once: for a process that is about to end.
+
+        After it, nothing can be drawn.
+        """
+        # Nothing is waited for: who draws may hang.
+        for half in self._sheet.parent.glob(f".{escape(self._sheet.stem)}.partial-{os.getpid()}.*"):
+            half.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         self._is_over = True

@@ -11,32 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from stts_export.live.events import LiveAnswer, LiveEnd, LiveEvent
 from stts_export.live.frames import LowerFrame
+from stts_export.live.sample import Sample
 from stts_export.live.settings import Policy
 from stts_export.runtime.prompt import Conversation
 
 _EVENTS = 256
 """Events that wait for whoever reads them."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A frame at the model's size, on its way to the model."""
-
-    time: float
-    index: int | None
-    """Of the grid point; None for the end of the stream."""
-    pixels: Any
-    """uint8 (height, width, 3), or (1, height, width, 3) on a GPU."""
-    arrived: float
-    """By the monotonic clock."""
-    size: tuple[int, int]
-    """(height, width) of the source's frame."""
-    offset: float | None
-    """Time on the source's own clock minus `time`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +32,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the frames it is about; in incremental mode these are in the cache."""
+    """A question with the frames it is about, but for those that are in the cache already."""
 
     prompt: Conversation
     arrived: float
@@ -66,7 +49,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Piece:
-    """Frames that become a segment of the cache."""
+    """Frames that become a segment of the cache for good."""
 
     frames: Sequence[LowerFrame]
     drop_before: float
@@ -126,11 +109,14 @@ class Inbox:
             self._changed.notify_all()
             return True
 
-    def ask(self, ask: Ask) -> None:
-        """Add a question about what was added before."""
+    def ask(self, ask: Ask) -> bool:
+        """Add a question about what was added before; False when nothing is taken any more."""
         with self._changed:
+            if self._is_closed or self.is_finished:
+                return False
             self._items.append(ask)
             self._changed.notify_all()
+            return True
 
     def finish(self) -> None:
         """Nothing more will come."""
@@ -268,7 +254,8 @@ class EventQueue:
         with _SOMETHING:
             if self._policy == "wait" and isinstance(event, LiveAnswer):
                 _SOMETHING.wait_for(lambda: self._is_closed or len(self._events) < _EVENTS)
-            if len(self._events) >= _EVENTS and not isinstance(event, LiveEnd):
+            is_full = len(self._events) >= _EVENTS and not isinstance(event, LiveEnd)
+            if is_full and self._policy == "newest":
                 self._events.popleft()
                 self._on_drop(1)
             self._events.append(event)

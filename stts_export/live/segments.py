@@ -17,7 +17,6 @@ Axes: n tokens of a segment, W windows of a frame, C decoder width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +67,8 @@ class SegmentCache:
         self._runner = runner
         self._config = bundle.config
         self._prompts = prompts
-        self._reserve = reserve
+        self.reserve = reserve
+        """Tokens that a question and its answer may have."""
         self._is_gapped = bundle.manifest.positions == "gapped"
         self._dtype = ACTIVATION[bundle.manifest.precision]
         self.segments: deque[Segment] = deque()
@@ -101,6 +101,12 @@ class SegmentCache:
         self._feed(ids, features, self._next + places)
         self.segments.append(Segment(times, keep, ids, self._next))
         self._next += length
+
+    def take_back(self) -> None:
+        """Undo the last `append`."""
+        segment = self.segments.pop()
+        self.cache.length -= len(segment.ids)
+        self._next = segment.position
 
     def drop_before(self, time: float) -> None:
         """Let go of the segments that begin at or before a time."""
@@ -163,7 +169,7 @@ class SegmentCache:
     def _keep_below_limit(self, length: int) -> None:
         """Begin at 1 again when positions would reach the model's limit."""
         limit = self._config.text.max_position_embeddings
-        if self._next + length + self._reserve <= limit:
+        if self._next + length + self.reserve <= limit:
             return
         first = self.segments[0].position if self.segments else self._next
         back, theta = 1 - first, self._config.text.rope_theta
@@ -198,20 +204,15 @@ def rotated(keys: NDArray[Any], by: int, theta: float) -> NDArray[Any]:
     return moved
 
 
-def longest_sequence(
-    prompts: PromptBuilder, frames: Sequence[int], windows: int, kept: Sequence[int]
-) -> int:
+def longest_sequence(prompts: PromptBuilder, frames: int, windows: int, kept: int) -> int:
     """Most tokens of BOS and segments.
 
     Args:
         prompts: makes token sequences.
-        frames: of each segment.
+        frames: of all segments.
         windows: W.
-        kept: windows that stay in each segment.
+        kept: most windows that stay of a frame, on average over a segment.
     """
     late = 999_999.5  # printed with more digits than any time of a stream that runs for days
-    total = 1
-    for count, stays in zip(frames, kept, strict=True):
-        video = VideoTokens(np.full(count, late), windows)
-        total += len(prompts.video_part(video, follows=True)) - count * windows + stays
-    return total
+    frame = prompts.video_part(VideoTokens([late], windows), follows=True)
+    return 1 + frames * (len(frame) - windows + kept)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+import numpy as np
 
 from stts_export.bundle import Limits
 from stts_export.errors import InputError
@@ -39,8 +41,8 @@ def seconds(value: object, name: str) -> float:
         match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", value)
         if match and match[2] in _UNITS and match[1].count(".") <= 1 and match[1] != ".":
             number = float(match[1]) * _UNITS[match[2]]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = float(value)
+    elif _is_number(value):
+        number = float(value)  # type: ignore[arg-type]
     if not (math.isfinite(number) and number > 0):
         raise InputError(
             f"{name} is {value!r}",
@@ -48,6 +50,11 @@ def seconds(value: object, name: str) -> float:
             allowed="a duration above 0: seconds, or with a unit, as 500ms, 2s, 1.5m, 1h",
         )
     return number
+
+
+def _is_number(value: object) -> bool:
+    numbers = (int, float, np.integer, np.floating)
+    return isinstance(value, numbers) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,9 @@ def plan(settings: StreamSettings, limits: Limits) -> Plan:
             fix=f"a window of {longest:g} s, fewer frames a second, or build with "
             f"--max-frames {frames}",
         )
-    every = None if settings.every is None else _steps(settings.every, fps, "every")
+    every = None
+    if settings.every is not None:
+        every = _steps(settings.every, fps, "every", exact=settings.every != DEFAULT_EVERY)
     segment = min(DEFAULT_SEGMENT, frames / fps) if settings.segment is None else settings.segment
     steps = _steps(segment, fps, "segment", exact=settings.segment is not None)
     if steps > frames:
@@ -143,21 +152,29 @@ def _check_choices(settings: StreamSettings) -> None:
         raise InputError(
             f"policy is {settings.policy!r}", where="policy", allowed=" or ".join(POLICIES)
         )
-    _number("gate", settings.gate, 0, 255)
-    if type(settings.queue) is not int or settings.queue < 1:
+    gate = settings.gate
+    if gate is not None and not (_is_number(gate) and 0 <= gate <= 255):
+        raise InputError(f"gate is {gate!r}", where="gate", allowed="0 to 255")
+    if settings.segment is not None and settings.mode == "exact":
+        raise InputError(
+            f"segment is {settings.segment}, but there are none in exact mode",
+            where="segment",
+            allowed="with mode incremental",
+        )
+    if settings.latency is not None and settings.prune_ratio is not None:
+        raise InputError(
+            f"a latency of {settings.latency} beside a fixed prune ratio, {settings.prune_ratio}",
+            where="latency",
+            allowed="one of the two: a budget is held by choosing the ratio",
+        )
+    if not isinstance(settings.queue, (int, np.integer)) or settings.queue < 1:
         raise InputError(f"queue is {settings.queue!r}", where="queue", allowed="1 or more frames")
-
-
-def _number(name: str, value: Any, least: float, most: float) -> None:
-    is_number = type(value) in (int, float) and least <= value <= most
-    if value is not None and not is_number:
-        raise InputError(f"{name} is {value!r}", where=name, allowed=f"{least} to {most}")
 
 
 def _fps(fps: float | None, limits: Limits) -> float:
     if fps is None:
         return limits.max_fps
-    if type(fps) not in (int, float) or not 0 < fps <= limits.max_fps:
+    if not _is_number(fps) or not 0 < fps <= limits.max_fps:
         raise InputError(
             f"fps is {fps!r}",
             where="fps",
@@ -173,12 +190,12 @@ def _steps(duration: float | str, fps: float, name: str, exact: bool = True) -> 
     whole = round(steps)
     if not exact:
         return max(1, int(steps + 1e-6))
-    if whole < 1 or abs(steps - whole) > 1e-6 * max(1, whole):
+    if whole < 1 or abs(steps - whole) > 1e-4 * max(1, whole):
         near = sorted({max(1, math.floor(steps)), max(1, math.ceil(steps))})
         raise InputError(
             f"{name} is {duration}",
             where=name,
             allowed=f"multiples of {1 / fps:g} s, the distance of sampled frames",
-            fix=" or ".join(f"{step / fps:g}s" for step in near),
+            fix=" or ".join(f"{step / fps:.7g}s" for step in near),
         )
     return whole

@@ -8,6 +8,7 @@ no call waits for more than a second because of that.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -33,15 +34,28 @@ class Turns:
         self._changed = threading.Condition()
         self._waiting: dict[int, _Waiting] = {}
         """In order of arrival."""
-        self._used: dict[str, float] = {}
-        """Seconds that a party has had, counted from where the least served one stood when it
-        came: being away earns nothing."""
-        self._next = 0
+        self._used: dict[int, float] = {}
+        """Seconds that a party has had. Being away earns nothing: who comes back begins near where
+        the others stand (start-time fair queueing)."""
+        self._level = 0.0
+        """Where the party stood that had the last turn."""
+        self._tickets = itertools.count()
+        self._parties = itertools.count()
         self._hurried = 0
         self._own = threading.local()
 
+    def join(self) -> int:
+        """Return a new party."""
+        with self._changed:
+            return next(self._parties)
+
+    def leave(self, party: int) -> None:
+        """Forget a party; it may still come back, as a new one."""
+        with self._changed:
+            self._used.pop(party, None)
+
     @contextmanager
-    def take(self, party: str) -> Iterator[None]:
+    def take(self, party: int) -> Iterator[None]:
         """Wait for a turn and have it; within a turn of the same thread this does nothing.
 
         Args:
@@ -58,8 +72,8 @@ class Turns:
         finally:
             self._own.has_turn = False
             with self._changed:
-                self._used[party] += time.perf_counter() - started
                 self._free += 1
+                self._used[party] = self._stands_at(party) + time.perf_counter() - started
                 self._changed.notify_all()
 
     @contextmanager
@@ -80,24 +94,23 @@ class Turns:
         """Whether somebody hurries, so that calls should be short."""
         return self._hurried > 0
 
-    def leave(self, party: str) -> None:
-        """Forget a party that will not come back."""
+    def _wait(self, party: int) -> None:
+        is_urgent = getattr(self._own, "is_urgent", False)
         with self._changed:
-            self._used.pop(party, None)
-
-    def _wait(self, party: str) -> None:
-        with self._changed:
-            ticket, self._next = self._next, self._next + 1
-            others = [used for name, used in self._used.items() if name != party]
-            floor = min(others, default=0.0)
-            self._used[party] = max(self._used.get(party, floor), floor - _CREDIT)
-            is_urgent = getattr(self._own, "is_urgent", False)
+            ticket = next(self._tickets)
+            self._used[party] = max(self._stands_at(party), self._level - _CREDIT)
             self._waiting[ticket] = _Waiting(party, is_urgent, time.monotonic())
-            while not (self._free and self._first() == ticket):
-                self._changed.wait()
-            del self._waiting[ticket]
-            self._free -= 1
-            self._changed.notify_all()  # there may be another free one
+            try:
+                while not (self._free and self._first() == ticket):
+                    self._changed.wait()
+                self._free -= 1
+                self._level = max(self._level, self._stands_at(party))
+            finally:
+                del self._waiting[ticket]
+                self._changed.notify_all()  # there may be another free one
+
+    def _stands_at(self, party: int) -> float:
+        return self._used.get(party, self._level)
 
     def _first(self) -> int:
         now = time.monotonic()
@@ -105,22 +118,20 @@ class Turns:
         def rank(ticket: int) -> tuple[float, bool, int]:
             waiting = self._waiting[ticket]
             goes_first = waiting.is_urgent or now - waiting.since > _PATIENCE
-            return self._used[waiting.party], not goes_first, ticket
+            return self._stands_at(waiting.party), not goes_first, ticket
 
         return min(self._waiting, key=rank)
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    party: str
+    party: int
     is_urgent: bool
     since: float
 
 
 _CREDIT = 0.5
 """Seconds by which a party may be ahead that was waiting for its frames meanwhile."""
-
-
 _PATIENCE = 1.0
 """Seconds after which a call counts as urgent."""
 
@@ -134,7 +145,7 @@ class SharedRunner:
         party: whose they are.
     """
 
-    def __init__(self, runner: Runner, turns: Turns, party: str) -> None:
+    def __init__(self, runner: Runner, turns: Turns, party: int) -> None:
         self._runner = runner
         self._turns = turns
         self._party = party

@@ -306,6 +306,8 @@ def check_question(prompt: Conversation) -> None:
 def _turns(prompt: Conversation) -> list[tuple[str, str]]:
     if isinstance(prompt, str):
         return [("user", prompt)]
+    if not isinstance(prompt, Iterable):
+        raise InputError(f"the prompt is {prompt!r}", where="prompt", allowed="text, or turns")
     turns: list[tuple[str, str]] = []
     for turn in cast(Iterable[object], prompt):
         match turn:

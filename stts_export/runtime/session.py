@@ -231,6 +231,7 @@ class Session:
         """End streams, release graphs and memory; the session cannot be used afterwards."""
         for stream in self._streams:
             stream.close()
+            stream.wait_for_graphs()  # engines must not go while one is in a call
         self._streams.clear()
         self.runners = {}
         self._open_graph = None
@@ -429,7 +430,9 @@ class Session:
 
         if not self.runners:
             self._check_open()
-        self._streams = [stream for stream in self._streams if not stream.is_over]
+        self._streams = [
+            stream for stream in self._streams if stream.uses_graphs or not stream.is_over
+        ]
         taken = [stream.name for stream in self._streams]
         stream = open_stream(
             self._shared, self._turns, taken, name, source, options, observer, meter, settings
@@ -437,7 +440,7 @@ class Session:
         self._streams.append(stream)
         return stream
 
-    def _shared(self, party: str) -> Session:
+    def _shared(self, party: int) -> Session:
         """View of this session in which every call of a graph is a turn."""
         view = copy.copy(self)
         view.runners = {
@@ -572,7 +575,7 @@ class Session:
                 where=str(self.bundle.folder),
                 fix="open the bundle again, and use the session within its `with` block",
             )
-        if any(not stream.is_over for stream in self._streams):
+        if any(stream.uses_graphs for stream in self._streams):
             raise InputError(
                 "the session has open streams, which use its graphs",
                 where=str(self.bundle.folder),

@@ -27,10 +27,11 @@ def source(text_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _answers(session: Session, frames: Any, **settings: Any) -> list[LiveAnswer]:
+    if settings.get("mode") == "incremental":
+        settings["segment"] = "1s"
     with session.stream(
-        prompt=QUESTION, every="1s", window="3s", segment="1s", policy="wait", max_new_tokens=3,
-        **settings,
-    ) as live:  # fmt: skip
+        prompt=QUESTION, every="1s", window="3s", policy="wait", max_new_tokens=3, **settings
+    ) as live:
         for number, frame in enumerate(frames):
             assert live.push(frame, number / 2, timeout=60)
         live.finish()
@@ -76,10 +77,10 @@ def test_two_streams_share_the_engines(session: Session):
     settings: dict[str, Any] = {"prompt": QUESTION, "every": "1s", "window": "3s", "policy": "wait"}
     frames = random_frames(9, (48, 48), seed=6)
     alone = {mode: _answers(session, frames, mode=mode) for mode in ("exact", "incremental")}
-    settings |= {"segment": "1s", "max_new_tokens": 3}
+    settings |= {"max_new_tokens": 3}
     with (
         session.stream(mode="exact", **settings) as one,
-        session.stream(mode="incremental", **settings) as two,
+        session.stream(mode="incremental", segment="1s", **settings) as two,
     ):
         assert (one.name, two.name) == ("pushed", "pushed (2)")
         for number, frame in enumerate(frames):

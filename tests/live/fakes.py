@@ -32,7 +32,7 @@ def answer(
         "kept_windows": int(keep.sum()), "total_windows": keep.size, "prune_ratio": 0.5,
         "ratio_reason": "as trained", "predicted_latency": None, "latency": 0.41,
         "first_token": 0.3, "since_last": Counters(), "timings": {"prefill": 0.1}, "note": None,
-        "timestamps": np.array(times), "keep": keep, **changes,
+        "timestamps": np.array(times), "prompt_times": np.array(times), "keep": keep, **changes,
     }  # fmt: skip
     return LiveAnswer(**values)
 

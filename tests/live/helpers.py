@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stts_export.live.grid import MAX_JUMP, Grid, StreamClock
+from stts_export.live.grid import MAX_STILL, Grid, StreamClock
 from stts_export.live.sources.base import Arrival, Reporter, Source
 
 
@@ -31,11 +31,11 @@ class Silent:
 
 def sampled(source: Source, fps: float) -> tuple[list[float], NDArray[np.uint8]]:
     """Times and pixels of all samples of a source that ends."""
-    clock = StreamClock(False, lambda _: None)
-    grid: Grid[Any] = Grid(1 / fps, MAX_JUMP)
+    clock = StreamClock(False, lambda _: None, MAX_STILL)
+    grid: Grid[Any] = Grid(1 / fps, MAX_STILL, waits=True)
     moments = []
     for arrival in source.arrivals(threading.Event(), Silent()):
-        now = clock.time(arrival.pts, 0.0, arrival.is_first)
+        now = clock.time(arrival.pts, 0.0, arrival.is_first, arrival.duration)
         moments += grid.add(now, arrival.duration, arrival.rgb())
     moments += grid.finish()
     return [moment.time for moment in moments], np.stack([moment.frame for moment in moments])

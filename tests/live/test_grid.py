@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stts_export.live.grid import LONGEST_STILL, MAX_JUMP, Grid, StreamClock
+from stts_export.live.grid import LONGEST_STILL, MAX_STILL, Grid, StreamClock
+from stts_export.live.sources import FileSource, SourceOptions
 from stts_export.runtime.sampling import sample_times
+from stts_export.runtime.video import read_video
+from tests.helpers import write_video
+from tests.live.helpers import sampled
 
 
 def _shown(starts: list[float], durations: list[float | None], step: float) -> list[tuple]:
     """All samples of frames named by their number."""
-    grid: Grid[int] = Grid(step, MAX_JUMP)
+    grid: Grid[int] = Grid(step, MAX_STILL)
     moments = []
     for number, (start, duration) in enumerate(zip(starts, durations, strict=True)):
         moments += grid.add(start, duration, number)
@@ -180,12 +186,27 @@ def test_times_always_ascend(pts: list[float | None], is_live: bool):
 
 
 def test_a_real_file_is_sampled_as_read_video_does(tmp_path: Path):
-    from stts_export.live.sources import FileSource, SourceOptions
-    from stts_export.runtime.video import read_video
-    from tests.helpers import write_video
-    from tests.live.helpers import sampled
-
     path = write_video(tmp_path / "clip.mp4", frames=37)
+    expected = read_video(path, max_frames=1000)
+    times, frames = sampled(FileSource(path, SourceOptions()), 2.0)
+    np.testing.assert_allclose(times, expected.timestamps, atol=1e-9)
+    np.testing.assert_array_equal(frames, expected.frames)
+
+
+def test_a_recording_may_pause_for_longer_than_a_camera(tmp_path: Path):
+    """Frames at 0, 0.5, 1 and, after fifteen seconds, 16 to 17.5 s: sampled as `run` does."""
+    path = tmp_path / "pause.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        stream.options = {"bf": "0"}
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, seconds in enumerate([0, 0.5, 1, 16, 16.5, 17, 17.5]):
+            picture = np.full((48, 48, 3), 30 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round(seconds * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     expected = read_video(path, max_frames=1000)
     times, frames = sampled(FileSource(path, SourceOptions()), 2.0)
     np.testing.assert_allclose(times, expected.timestamps, atol=1e-9)

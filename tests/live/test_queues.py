@@ -17,9 +17,9 @@ from stts_export.live.queues import (
     Inbox,
     Piece,
     Question,
-    Sample,
     next_event,
 )
+from stts_export.live.sample import Sample
 
 
 def _never(what: Any) -> None:
@@ -83,6 +83,7 @@ def test_a_question_is_about_what_came_before_it():
     assert inbox.take(8) == Ask("now?", 1.0)
     inbox.finish()
     assert not inbox.put(_sample(4))
+    assert not inbox.ask(Ask("too late?", 1.0))
     assert len(inbox) == 3
     for numbers in ([1, 2], [3]):
         taken = inbox.take(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stts_export.bundle import Limits
@@ -47,6 +48,24 @@ def test_defaults_fit_the_bundle():
     assert _plan(every=None).every is None
     assert _plan(window="8s", fps=1.0, every=3, latency="250ms").latency == 0.25
     assert _plan(fps=0.5, window="10s", every="2s").window == 5
+    assert _plan(fps=0.7, window="10s").every == 1  # nearest to 2 s
+
+
+def test_numbers_of_numpy_are_numbers():
+    steps = _plan(
+        fps=np.float64(2), every=np.float32(2), window=np.int64(8), gate=np.float32(3),
+        queue=np.int64(4),
+    )  # fmt: skip
+    assert (steps.fps, steps.every, steps.window) == (2.0, 4, 16)
+
+
+@pytest.mark.parametrize("fps", [0.3, 0.7, 1.3, 1.9])
+def test_what_is_told_as_a_way_out_is_one(fps: float):
+    with pytest.raises(InputError) as error:
+        _plan(fps=fps, window="10s", every="1.01s")
+    way_out = str(error.value).partition("fix: ")[2].split(" or ")
+    for every in way_out:
+        assert _plan(fps=fps, window=f"{20 / fps}s", every=every).every
 
 
 @pytest.mark.parametrize(
@@ -57,8 +76,11 @@ def test_defaults_fit_the_bundle():
         ({"window": "32.3s"}, r"window is 32.3s"),
         ({"window": "1h"}, r"a window of 7200 frames \(1h at 2 frames a second\)\n"
                            r"  allowed: up to 64 frames.*\n  fix: a window of 32 s"),
-        ({"segment": "40s", "window": "30s"}, r"segment is 40s\n  allowed: up to the window"),
-        ({"segment": 0.1}, "segment is 0.1"),
+        ({"segment": "40s", "window": "30s", "mode": "incremental"},
+         r"segment is 40s\n  allowed: up to the window"),
+        ({"segment": 0.1, "mode": "incremental"}, "segment is 0.1"),
+        ({"segment": "2s"}, r"segment is 2s, but there are none in exact mode"),
+        ({"latency": 1, "prune_ratio": 0.5}, r"a latency of 1 beside a fixed prune ratio, 0.5"),
         ({"fps": 5.0}, r"fps is 5.0\n  allowed: above 0, up to 2"),
         ({"fps": 0}, "fps is 0"),
         ({"fps": "2"}, "fps is '2'"),

@@ -27,8 +27,8 @@ def test_memory_is_flat(text_bundle: Path, mode: str):
     with (
         Session.open(text_bundle, threads=1) as session,
         session.stream(
-            prompt="How many objects are there?", mode=mode, window="4s", segment="2s",
-            every="30s", policy="wait", max_new_tokens=2,
+            prompt="How many objects are there?", mode=mode, window="4s", every="30s",
+            segment="1s" if mode == "incremental" else None, policy="wait", max_new_tokens=2,
         ) as live,
     ):  # fmt: skip
         before, threads = 0.0, threading.active_count()

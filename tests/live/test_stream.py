@@ -19,6 +19,7 @@ from stts_export.live.events import Counters, LiveAnswer, LiveEnd, LiveEvent, Li
 from stts_export.live.sources.base import Arrival, Reporter
 from stts_export.live.turns import SharedRunner, Turns
 from stts_export.runtime.resize import resize_frames
+from stts_export.runtime.video import play
 from stts_export.tensors import VISION_UPPER_FRAMES
 from tests.helpers import random_frames, write_video
 
@@ -50,7 +51,8 @@ def test_exact_answers_equal_those_of_generate(text_bundle: Path, ratio: float):
         for answer in answers:
             first = round(2 * answer.start)
             window = frames[first : first + answer.frames]
-            clip = session.encode(window, ratio, np.arange(answer.frames) / 2)
+            np.testing.assert_array_equal(answer.prompt_times, np.arange(answer.frames) / 2)
+            clip = session.encode(window, ratio, answer.prompt_times)
             np.testing.assert_array_equal(answer.keep, clip.keep)
             expected = session.generate(clip, QUESTION, 4)
             assert answer.token_ids == expected.token_ids
@@ -61,7 +63,7 @@ def test_exact_answers_equal_those_of_generate(text_bundle: Path, ratio: float):
 
 
 def test_incremental_answers_are_about_the_segments_in_the_window(text_bundle: Path):
-    """Each segment is encoded as a clip of its own; the window holds whole segments."""
+    """Segments of two frames go when two more have come; what is open is a clip of its own."""
     frames = random_frames(21, (48, 48), seed=6)
     with Session.open(text_bundle, threads=1) as session:
         events = _watch(
@@ -70,12 +72,11 @@ def test_incremental_answers_are_about_the_segments_in_the_window(text_bundle: P
         )  # fmt: skip
         answers = _answers(events)
         assert [answer.end for answer in answers] == [2.0, 4.0, 6.0, 8.0, 10.0]
-        # Frames 0-1, 2-3, and 4 alone with the question at 2 s; then 5-6, 7-8 and so on.
-        ends = [2, 4, 5, *range(7, 22, 2)]
-        assert [answer.start for answer in answers] == [0.0, 1.0, 2.5, 4.5, 6.5]
+        # With frame 4 there are 0-1 for good and 2-4 open; with frame 8 also 2-3 and 4-5.
+        assert [answer.start for answer in answers] == [0.0, 1.0, 3.0, 5.0, 7.0]
         for answer in answers:
-            first = round(2 * answer.start)
-            cuts = [first, *(end for end in ends if first < end <= 2 * answer.end + 1)]
+            first, end = round(2 * answer.start), round(2 * answer.end) + 1
+            cuts = [*range(first, end - 2, 2), end]
             for start, stop in itertools.pairwise(cuts):
                 clip = session.encode(frames[start:stop], 0.5)
                 np.testing.assert_array_equal(answer.keep[start - first : stop - first], clip.keep)
@@ -87,7 +88,7 @@ def test_incremental_answers_are_about_the_segments_in_the_window(text_bundle: P
 def test_one_segment_equals_the_exact_answer(text_bundle: Path):
     frames = random_frames(5, (48, 48), seed=7)
     with Session.open(text_bundle, threads=1) as session:
-        settings: dict[str, Any] = {"every": "2s", "window": "4s", "segment": "4s"}
+        settings: dict[str, Any] = {"every": "2s", "window": "4s"}
         exact = _answers(_watch(session, frames, **settings))
         incremental = _answers(_watch(session, frames, mode="incremental", **settings))
         assert len(exact) == len(incremental) == 1
@@ -166,8 +167,10 @@ def test_questions_may_be_asked_at_any_time(session: Session):
 def test_a_slow_model_drops_the_oldest_and_counts_them(session: Session, mode: Any):
     """Frames come faster than answers: memory stays, the newest are answered, all are counted."""
     frames = random_frames(400, (48, 48), seed=9)
-    settings: dict[str, Any] = {"every": "1s", "window": "3s", "segment": "1s", "queue": 2}
-    with session.stream(prompt=QUESTION, mode=mode, policy="newest", **settings) as live:
+    settings: dict[str, Any] = {"every": "1s", "window": "3s", "queue": 2, "mode": mode}
+    if mode == "incremental":
+        settings["segment"] = "1s"
+    with session.stream(prompt=QUESTION, policy="newest", **settings) as live:
         for number, frame in enumerate(frames):
             live.push(frame, number / 2)
         live.finish()
@@ -293,7 +296,7 @@ def test_the_ratio_follows_the_budget(text_bundle: Path):
                 time.sleep(0.002 * bins.shape[0] * bins.shape[1] / 9)  # 2 ms a window
                 return super().__call__(inputs, in_place)
 
-        session.runners[VISION_UPPER_FRAMES] = Slow(upper, Turns(), "slow")
+        session.runners[VISION_UPPER_FRAMES] = Slow(upper, Turns(), 0)
         frames = random_frames(24, (48, 48), seed=4)
         # 8 frames of 16 windows take 256 ms unpruned.
         events = _watch(session, frames, every="1s", window="4s", latency="120ms", max_new_tokens=1)
@@ -304,3 +307,138 @@ def test_the_ratio_follows_the_budget(text_bundle: Path):
     assert answers[-1].kept_windows < answers[-1].total_windows / 2
     assert any(answer.ratio_reason.startswith("raised") for answer in answers)
     assert all("budget 0.12 s" in answer.ratio_reason for answer in answers[1:])
+
+
+def _shown(session: Session, times: list[float], **settings: Any) -> list[tuple[float, int]]:
+    """Time and number of the frame that each sample shows; frames are as bright as their number."""
+    seen: dict[float, int] = {}
+
+    def look(answer: LiveAnswer, frames: Any, _: object) -> None:
+        for place, moment in enumerate(answer.timestamps.tolist()):
+            seen[moment] = int(frames[place].mean().round())
+
+    with session.stream(
+        prompt=QUESTION, every="500ms", window="500ms", policy="wait", observer=look,
+        max_new_tokens=1, **settings,
+    ) as live:  # fmt: skip
+        for number, moment in enumerate(times):
+            frame = np.full((48, 48, 3), number, np.uint8)
+            assert live.push(frame, moment, timeout=60)
+        live.finish()
+        list(live)
+    return sorted(seen.items())
+
+
+def test_pushed_frames_are_sampled_as_what_was_on_screen(session: Session):
+    """With jitter, and over a gap in which the newest frame stays for two seconds."""
+    rng = np.random.default_rng(0)
+    times = (np.arange(60) / 10 + rng.uniform(-0.03, 0.03, 60)).tolist()
+    times += [moment + 10.0 for moment in times]
+    start = times[0]
+    shown = _shown(session, times)
+    assert len(shown) > 15
+    for moment, number in shown:
+        on_screen = np.searchsorted(np.array(times) - start, moment + 1e-9, side="right") - 1
+        assert number == on_screen
+        assert moment - (times[number] - start) <= 2.0
+
+
+def test_a_push_waits_no_longer_than_told_for_all_its_samples(session: Session):
+    gate = threading.Event()
+
+    def block(*_: object) -> None:
+        gate.wait(60)
+
+    with session.stream(
+        prompt=QUESTION, every="500ms", policy="wait", queue=1, observer=block
+    ) as live:
+        started = time.monotonic()
+        for number in range(60):
+            live.push(FRAMES[0], number / 2, timeout=60 if number < 2 else 0.0)
+        assert not live.push(FRAMES[1], 33.0, timeout=0.3)  # many samples, no room
+        assert time.monotonic() - started < 30
+        gate.set()
+        live.finish()
+        list(live)
+
+
+def test_asking_in_between_does_not_replace_the_standing_question(session: Session):
+    with session.stream(prompt=QUESTION, every="10s", window="4s", policy="wait") as live:
+        for number in range(6):
+            live.push(FRAMES[number], number / 2, timeout=60)
+        live.ask("Which colour is the circle?")
+        live.finish()
+        answers = _answers(list(live))
+    assert [answer.question for answer in answers] == ["Which colour is the circle?", QUESTION]
+    assert [answer.end for answer in answers] == [2.5, 2.5]
+
+
+def test_a_gate_moves_the_window_on(session: Session):
+    """Samples that stay out move the time of the window, frames behind them do not move it back."""
+    frames = np.repeat(FRAMES[:1], 7, axis=0)
+    frames[3] ^= 255
+    frames[4:] = frames[3]
+    with session.stream(prompt=QUESTION, every="3s", window="2s", policy="wait", gate=8) as live:
+        for number, frame in enumerate(frames):
+            live.push(frame, number / 2, timeout=60)
+        live.finish()
+        answers = _answers(list(live))
+    assert [answer.timestamps.tolist() for answer in answers] == [[1.5]]
+
+
+def test_a_slow_camera_is_no_latency_of_ours(session: Session):
+    """One frame a second says nothing about how long it stays: a sample is known with the next."""
+    frames = [np.full((48, 48, 3), number, np.uint8) for number in range(4)]
+    with session.stream(prompt=QUESTION, every="500ms", max_new_tokens=1) as live:
+        for number, frame in enumerate(frames):
+            live.push(frame, float(number))
+            time.sleep(0.3)
+        live.finish()
+        answers = _answers(list(live))
+    assert len(answers) >= 4
+    assert all(answer.latency < 0.3 for answer in answers)
+
+
+@pytest.mark.parametrize("mode", ["exact", "incremental"])
+def test_pushed_frames_of_a_file_give_the_files_answers(
+    session: Session, tmp_path: Path, mode: Any
+):
+    path = write_video(tmp_path / "clip.mp4", frames=27)
+    settings: dict[str, Any] = {"prompt": QUESTION, "every": "1s", "window": "4s", "mode": mode}
+    with session.stream(path, max_new_tokens=4, **settings) as read:
+        expected = _answers(list(read))
+    with session.stream(policy="wait", max_new_tokens=4, **settings) as pushed:
+        for moment, frame in play(path)[1]:
+            assert pushed.push(frame, moment, duration=1 / 8, timeout=60)
+        pushed.finish()
+        got = _answers(list(pushed))
+    assert len(got) == len(expected) == 4
+    for here, there in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(here.timestamps, there.timestamps)
+        assert here.token_ids == there.token_ids
+
+
+@pytest.mark.parametrize("mode", ["exact", "incremental"])
+def test_it_does_not_matter_how_many_frames_are_run_together(session: Session, mode: Any):
+    settings: dict[str, Any] = {"every": "4s", "window": "3s", "queue": 40, "mode": mode}
+    if mode == "incremental":
+        settings["segment"] = "1s"
+    expected = []
+    with session.stream(prompt=QUESTION, policy="wait", **settings) as live:
+        for number in range(17):
+            live.push(FRAMES[number], number / 2, timeout=60)
+            while live.queue_depth:
+                time.sleep(0.001)
+        live.finish()
+        expected = _answers(list(live))
+    with session.stream(prompt=QUESTION, policy="wait", **settings) as live:
+        with session._turns.take(session._turns.join()):  # frames wait for theirs
+            for number in range(17):
+                live.push(FRAMES[number], number / 2, timeout=60)
+        live.finish()
+        got = _answers(list(live))
+    assert len(got) == len(expected) == 2
+    for here, there in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(here.timestamps, there.timestamps)
+        np.testing.assert_array_equal(here.keep, there.keep)
+        assert here.token_ids == there.token_ids

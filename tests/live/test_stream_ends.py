@@ -15,7 +15,7 @@ import pytest
 from stts_export import Session
 from stts_export.errors import InputError
 from stts_export.live.events import LiveAnswer, LiveEnd, LiveEvent
-from stts_export.live.stream import merged
+from stts_export.live.stream import LiveStream, merged
 from tests.helpers import random_frames
 from tests.live.helpers import ListSource
 
@@ -166,12 +166,15 @@ def test_pushing_where_nothing_is_taken(session: Session):
         ([1, 2, 3], 0.0, "got list"),
         (FRAMES[0], float("nan"), "pts is nan"),
         (FRAMES[0], "now", "pts is 'now'"),
+        (FRAMES[0], (1.0, -1), "duration is -1"),
+        (FRAMES[0], (1.0, "1"), "duration is '1'"),
     ],
 )
 def test_what_is_no_frame(session: Session, frame: Any, pts: Any, message: str):
     with session.stream(**FAST) as live:
+        pts, duration = pts if isinstance(pts, tuple) else (pts, None)
         with pytest.raises(InputError, match=message):
-            live.push(frame, pts)
+            live.push(frame, pts, duration=duration)
         live.push(FRAMES[0], 0.0)  # it goes on
         live.finish()
         assert any(isinstance(event, LiveAnswer) for event in live)
@@ -190,8 +193,9 @@ def test_what_is_no_frame(session: Session, frame: Any, pts: Any, message: str):
         ({"max_new_tokens": 100_000, "mode": "incremental"}, r"a window of 6 frames with a que"),
         ({"prune_ratio": 1.5}, "prune ratio 1.5"),
         ({"prune_ratio": "half"}, "prune ratio 'half'"),
-        ({"min_prune_ratio": 0.2}, "min_prune_ratio beside no budget"),
-        ({"latency": 1, "prune_ratio": 0.5, "max_prune_ratio": 0.7}, "beside a fixed ratio"),
+        ({"min_prune_ratio": 0.2}, "min_prune_ratio without a latency budget"),
+        ({"latency": 1, "prune_ratio": 0.5}, "beside a fixed prune ratio"),
+        ({"prompt": 5}, "the prompt is 5"),
         ({"latency": 1, "min_prune_ratio": 0.0}, "ratios from 0 to 0.9\n  allowed: above 0"),
         ({"latency": 1, "min_prune_ratio": 0.8, "max_prune_ratio": 0.2}, "ratios from 0.8 to 0.2"),
         ({"latency": 1, "max_prune_ratio": 1.0}, "ratios from 0.1 to 1"),
@@ -243,3 +247,126 @@ def test_the_lowest_ratio_of_the_bundle_binds_the_controller(text_bundle: Path):
         with session.stream(ListSource(FRAMES), latency="1h", **FAST) as live:
             ratios = [event.prune_ratio for event in live if isinstance(event, LiveAnswer)]
         assert min(ratios) >= 0.4
+
+
+def test_questions_are_bounded_and_refused_when_nothing_is_taken(session: Session):
+    blocked = threading.Event()
+
+    def block(*_: object) -> None:
+        blocked.wait(60)
+
+    with session.stream(**FAST, observer=block) as live:
+        live.push(FRAMES[0], 0.0)
+        for _ in range(16):
+            live.ask()
+        while live._asked == 16:
+            time.sleep(0.001)
+        live.ask()
+        with pytest.raises(InputError, match="16 questions wait already"):
+            live.ask()
+        blocked.set()
+        live.finish()
+        with pytest.raises(InputError, match="takes no questions"):
+            live.ask()
+        assert sum(isinstance(event, LiveAnswer) for event in live) >= 16
+        with pytest.raises(InputError, match="takes no questions"):
+            live.ask()
+
+
+@pytest.mark.parametrize("mode", ["exact", "incremental"])
+def test_the_longest_question_that_is_taken_is_answered(text_bundle: Path, mode: str):
+    """At the bundle's own limit too: what `ask` lets through must not overflow the cache."""
+    with Session.open(text_bundle, threads=1) as session:
+        prompts = session.prompts
+        assert prompts is not None
+        session._eos_ids = frozenset()
+        settings = {**FAST, "window": "4s", "max_new_tokens": 100, "prune_ratio": 0.1}
+        with session.stream(mode=mode, policy="wait", **settings) as live:
+            for number in range(9):
+                live.push(FRAMES[number], number / 2, timeout=60)
+            taken, words = 0, 10
+            while not _is_too_long(live, "what " * words):
+                assert len(_next_answer(live).token_ids) == 100
+                taken, words = taken + 1, words + 10
+            live.finish()
+            end = list(live)[-1]
+        assert taken
+        assert isinstance(end, LiveEnd)
+        assert end.error is None
+
+
+def _is_too_long(live: LiveStream, question: str) -> bool:
+    """Ask, unless the question is refused for its length."""
+    try:
+        live.ask(question)
+    except InputError as error:
+        if "tokens" not in str(error):
+            raise
+        return True
+    return False
+
+
+def _next_answer(live: LiveStream) -> LiveAnswer:
+    while True:
+        event = live.get(timeout=60)
+        assert event is not None
+        if isinstance(event, LiveAnswer) and event.question != QUESTION:
+            return event
+
+
+def test_gapped_positions_of_a_window_are_checked(text_bundle: Path):
+    with Session.open(text_bundle, threads=1) as session:
+        manifest = dataclasses.replace(session.bundle.manifest, positions="gapped")
+        session.bundle = dataclasses.replace(session.bundle, manifest=manifest)
+        settings = {**FAST, "window": "4s", "prune_ratio": 0.9, "max_new_tokens": 300}
+        for mode in ("exact", "incremental"):
+            with pytest.raises(InputError, match=r"positions\n.*max_position_embeddings"):
+                session.stream(mode=mode, **settings)
+
+
+def test_a_name_may_be_used_again(session: Session):
+    """A supervisor opens a camera anew when it has ended, and closes the old one later."""
+    old = session.stream(ListSource(FRAMES), name="cam", **FAST)
+    with old:
+        assert isinstance(list(old)[-1], LiveEnd)
+        with session.stream(ListSource(FRAMES), name="cam", **FAST) as new:
+            old.close()
+            assert isinstance(list(new)[-1], LiveEnd)
+    assert session.encode(FRAMES[:1]).kept_windows
+
+
+def test_a_stream_that_does_not_run_says_so(session: Session):
+    live = session.stream(**FAST)
+    with pytest.raises(InputError, match=r"does not run\n  fix: use it in a `with` block"):
+        list(live)
+    session.encode(FRAMES[:1])  # it uses nothing yet
+    with live:
+        live.finish()
+        list(live)
+    with pytest.raises(InputError, match="was opened before"):
+        live.__enter__()
+
+
+def test_pushing_after_a_failure_says_what_failed(session: Session):
+    def broken(*_: object) -> None:
+        raise OSError("disk full")
+
+    with session.stream(**FAST, observer=broken) as live:
+        for number in range(3):
+            live.push(FRAMES[number], number / 2)
+        while not live.is_over:
+            time.sleep(0.001)
+        with pytest.raises(InputError, match="has ended: disk full") as error:
+            live.push(FRAMES[3], 1.5)
+        assert isinstance(error.value.__cause__, OSError)
+        live.close()
+
+
+def test_finish_ends_a_stream_with_a_source(session: Session):
+    gate = threading.Semaphore(3)
+    with session.stream(ListSource(FRAMES, wait=gate), **FAST) as live:
+        assert isinstance(live.get(timeout=60), LiveAnswer)
+        live.finish()
+        gate.release(2)
+        assert isinstance(list(live)[-1], LiveEnd)
+        assert live.counters.encoded == 3

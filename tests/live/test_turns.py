@@ -57,7 +57,7 @@ def test_no_more_calls_at_a_time_than_slots(slots: int):
     until = time.monotonic() + 0.3
     threads = [
         threading.Thread(
-            target=_calls, args=(SharedRunner(runner, turns, f"s{number}"), until, 1.0)
+            target=_calls, args=(SharedRunner(runner, turns, turns.join()), until, 1.0)
         )
         for number in range(5)
     ]
@@ -76,7 +76,7 @@ def test_long_calls_of_one_do_not_hold_up_short_calls_of_another():
     until = time.monotonic() + 1.0
 
     def run(name: str, length: float) -> None:
-        done[name] = _calls(SharedRunner(runner, turns, name), until, length)
+        done[name] = _calls(SharedRunner(runner, turns, turns.join()), until, length)
 
     threads = [threading.Thread(target=run, args=pair) for pair in [("long", 8.0), ("short", 1.0)]]
     for thread in threads:
@@ -91,7 +91,7 @@ def test_answers_go_before_frames_of_their_stream_but_do_not_shut_them_out(
 ):
     monkeypatch.setattr("stts_export.live.turns._PATIENCE", 0.1)
     runner, turns = _Slow(0.005), Turns()
-    shared = SharedRunner(runner, turns, "a")
+    shared = SharedRunner(runner, turns, turns.join())
     done = {"answers": 0, "frames": 0}
     until = time.monotonic() + 1.0
 
@@ -112,10 +112,40 @@ def test_answers_go_before_frames_of_their_stream_but_do_not_shut_them_out(
     assert not turns.is_hurried
 
 
+def test_who_was_away_catches_up_with_nothing():
+    """Neither one that comes back nor a new one may take all turns, though others idle lower."""
+    runner, turns = _Slow(0.005), Turns()
+    busy, idle, away = (SharedRunner(runner, turns, turns.join()) for _ in range(3))
+    for shared in (idle, away):
+        shared({})
+    _calls(busy, time.monotonic() + 1.5, 1.0)
+    done: dict[str, int] = {}
+    until = time.monotonic() + 1.5
+
+    def run(name: str, shared: SharedRunner) -> None:
+        done[name] = _calls(shared, until, 1.0)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in [("busy", busy), ("away", away)]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert done["busy"] >= 0.25 * done["away"]  # half a second of credit at most
+
+
+def test_a_party_that_left_in_the_middle_keeps_no_slot():
+    turns = Turns()
+    party = turns.join()
+    with turns.take(party):
+        turns.leave(party)
+    with turns.take(party), turns.take(turns.join()):
+        pass
+
+
 def test_turns_within_a_turn_are_part_of_it():
     turns = Turns()
-    with turns.take("a"), turns.take("a"):
-        other = threading.Thread(target=lambda: turns.take("b").__enter__(), daemon=True)
+    with turns.take(0), turns.take(0):
+        other = threading.Thread(target=lambda: turns.take(1).__enter__(), daemon=True)
         other.start()
         other.join(0.05)
         assert other.is_alive()
@@ -127,20 +157,20 @@ def test_a_call_that_fails_gives_its_turn_back():
     turns = Turns()
 
     def fail() -> None:
-        with turns.take("a"):
+        with turns.take(0):
             raise ValueError("broken")
 
     for _ in range(3):
         with pytest.raises(ValueError, match="broken"):
             fail()
-    with turns.take("b"):
+    with turns.take(1):
         pass
-    turns.leave("a")
-    turns.leave("nobody")
+    turns.leave(0)
+    turns.leave(99)
 
 
 def test_a_shared_runner_is_the_runner():
-    shared = SharedRunner(_Slow(0), Turns(), "a")
+    shared = SharedRunner(_Slow(0), Turns(), 0)
     assert (shared.updates_in_place, shared.cache_capacity) == (True, 12)
     array = shared.zeros((2,), np.float32)
     shared.copy(array, np.ones(2, np.float32))

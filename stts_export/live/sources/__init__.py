@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from pathlib import Path
 
 from stts_export.errors import InputError, did_you_mean
@@ -32,6 +34,12 @@ __all__ = [
 _GSTREAMER = "gst:"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DEVICE = re.compile(r"/dev/video\d+|/dev/v4l/.+")
+_ALLOWED = (
+    "a video file, a folder of images, an address such as rtsp://HOST/PATH, /dev/video0, or "
+    "gst:PIPELINE"
+)
+_SHOWN = 200
+"""Characters of a source that an error shows."""
 
 
 def open_source(spec: str | Path, options: SourceOptions | None = None) -> Source:
@@ -43,12 +51,18 @@ def open_source(spec: str | Path, options: SourceOptions | None = None) -> Sourc
         options: how it is read.
 
     Raises:
-        InputError: there is no such file, folder or device, it holds no video, or the scheme of
-            the address is not known.
+        InputError: there is no such file, folder or device, it holds no video, the scheme or the
+            port of the address is none, or it is no text at all.
         MissingDependencyError: GStreamer's tools are not installed.
     """
     options = options or SourceOptions()
+    given: object = spec
+    if not isinstance(given, (str, Path)):
+        kind = type(given).__name__
+        raise InputError(f"the source is of type {kind}", where="source", allowed=_ALLOWED)
     text = str(spec)
+    if not text.strip():
+        raise InputError("the source is empty", where="source", allowed=_ALLOWED)
     if isinstance(spec, str):
         if text.startswith(_GSTREAMER):
             return GStreamerSource(text.removeprefix(_GSTREAMER), options)
@@ -57,17 +71,27 @@ def open_source(spec: str | Path, options: SourceOptions | None = None) -> Sourc
             return _network(text, scheme[1].lower(), options)
     if _DEVICE.fullmatch(text):
         return _device(Path(text), options)
-    path = Path(spec)
-    if path.is_dir():
-        return FolderSource(path, options)
-    if path.exists():
-        return FileSource(path, options)
-    raise InputError(
-        "there is no such file or folder",
-        where=redacted(text),
-        allowed="a video file, a folder of images, an address such as rtsp://HOST/PATH, "
-        "/dev/video0, or gst:PIPELINE",
-    )
+    kind = _kind(text)
+    if stat.S_ISDIR(kind):
+        return FolderSource(Path(spec), options)
+    if not stat.S_ISREG(kind):
+        raise InputError("is no file, folder or camera", where=text, allowed=_ALLOWED)
+    return FileSource(Path(spec), options)
+
+
+def _kind(text: str) -> int:
+    """Mode of what a path leads to."""
+    try:
+        return os.stat(text).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        message = "there is no such file or folder"
+    except OSError as error:
+        message = f"cannot be opened: {(error.strerror or 'unknown error').lower()}"
+    except ValueError:  # a zero byte
+        message = "is no name of a file"
+    shown = redacted(text)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    raise InputError(message, where=shown, allowed=_ALLOWED)
 
 
 def _network(url: str, scheme: str, options: SourceOptions) -> NetworkSource:
@@ -84,7 +108,7 @@ def _network(url: str, scheme: str, options: SourceOptions) -> NetworkSource:
 def _device(path: Path, options: SourceOptions) -> DeviceSource:
     fix = "list what there is: ls /dev/video*"
     if not path.exists():
-        raise InputError("there is no such device", where=str(path), fix=fix)
+        raise InputError("there is no such device", where=redacted(str(path)), fix=fix)
     if not path.is_char_device():
         raise InputError("is not a device", where=str(path), fix=fix)
     return DeviceSource(str(path), options)

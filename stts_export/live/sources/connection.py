@@ -178,7 +178,7 @@ class Connection:
                         yield frame, self._shown(frame)
                         last = time.monotonic()
                 if time.monotonic() - last > self._patience.read:
-                    raise LostError(f"no frame came for {self._patience.read:.3g} s")
+                    raise LostError("no frame came", self._patience.read)
         except (av.FFmpegError, OSError) as error:
             raise self._failure(error, self._patience.read) from None
 
@@ -196,8 +196,9 @@ class Connection:
             return LostError("what comes cannot be understood any more")
         if is_nonsense and address.may_be_garbled:
             waited = time.monotonic() - self._began >= seconds  # RTSP takes silence for nonsense
-            nothing = f"nothing came for {seconds:.3g} s"
-            return LostError(nothing if waited else "what comes cannot be understood")
+            if waited:
+                return LostError("nothing came", seconds)
+            return LostError("what comes cannot be understood")
         return failures.of_network(error, address.name, seconds)
 
     def _packets(self, stop: Event) -> Iterator[Packet[Any] | None]:

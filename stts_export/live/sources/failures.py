@@ -15,7 +15,16 @@ from stts_export.errors import InputError
 
 
 class LostError(Exception):
-    """A source that was lost, or does not answer, and may come back."""
+    """A source that was lost, or does not answer, and may come back.
+
+    Args:
+        reason: in words.
+        seconds: how long this try waited, where it waited in vain.
+    """
+
+    def __init__(self, reason: str, seconds: float | None = None) -> None:
+        self.reason = reason
+        super().__init__(reason if seconds is None else f"{reason} for {seconds:.3g} s")
 
 
 class UnusableError(Exception):
@@ -87,7 +96,7 @@ def of_network(error: Exception, where: str, seconds: float) -> Exception:
             )
         )
     if isinstance(error, (av.error.ExitError, av.error.TimeoutError)):
-        return LostError(f"nothing came for {seconds:.3g} s")
+        return LostError("nothing came", seconds)
     return _system_failure(error, where)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shlex
 import shutil
@@ -29,6 +30,8 @@ from stts_export.live.sources.redaction import redacted_text, redacted_words, se
 
 PROGRAM = "gst-launch-1.0"
 
+_TRY = f"try it by itself with {PROGRAM}"
+
 _GLANCE = 0.1
 """Seconds between two looks at `stop`."""
 _EXIT = 2.0
@@ -40,13 +43,19 @@ _ENDLESS = frozenset(
     "nvarguscamerasrc".split()
 )
 """Elements whose end is a loss: a server that dies is the end of the stream to rtspsrc."""
+_HOPELESS = re.compile(
+    r"erroneous pipeline|missing a plug-in|not-linked|not-negotiated|not-supported|unauthorized|"
+    r"forbidden|\(4\d\d\)",
+    re.IGNORECASE,
+)
+"""What a pipeline says that is wrong itself, or was refused by a server; all else may pass."""
 
 
 class GStreamerSource(ConnectedSource):
     """Frames of a pipeline, which runs in a process of its own and decodes them itself.
 
-    When a camera or a server is lost, the pipeline is started again as a network source is
-    connected again; when another pipeline ends, so does the source.
+    When a camera or a server is lost, or not there yet, the pipeline is started again as a network
+    source is connected again; when another pipeline ends, so does the source.
 
     Args:
         pipeline: as gst-launch-1.0 takes it, up to an element that gives raw video.
@@ -56,6 +65,8 @@ class GStreamerSource(ConnectedSource):
         InputError: it cannot be split into words, or is empty, or FFmpeg is to decode on the GPU.
         MissingDependencyError: gst-launch-1.0 is not installed.
     """
+
+    gave_up_fix = f"{ConnectedSource.gave_up_fix}; {_TRY}"
 
     def __init__(self, pipeline: str, options: SourceOptions) -> None:
         self._words = _words(pipeline)
@@ -128,7 +139,7 @@ class _Pipeline:
                 self._has_ended = not data
                 return data
             if time.monotonic() > deadline:
-                raise LostError(f"nothing came for {self.seconds:.3g} s")
+                raise LostError("nothing came", self.seconds)
         return b""
 
     def check(self, ended: str | None = None) -> None:
@@ -138,18 +149,21 @@ class _Pipeline:
             ended: what is wrong when it just ended; None when nothing is.
 
         Raises:
+            LostError: its camera or server is away.
             UnusableError: it failed or should not have ended.
         """
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT if self._has_ended else 0)
         status = self._process.returncode
         reason = ended
-        if status:
+        if status is not None:
             self._listener.join(_EXIT)
+        if status:
             reason = f"the pipeline fails: {self._complaint(status)}"
         if status is not None and reason is not None:
-            fix = f"try it by itself with {PROGRAM}"
-            raise UnusableError(InputError(reason, where=self.name, fix=fix))
+            if self.is_endless and not any(map(_HOPELESS.search, self._said)):
+                raise LostError(reason)
+            raise UnusableError(InputError(reason, where=self.name, fix=_TRY))
 
     def _complaint(self, status: int) -> str:
         """The first line that says what is wrong, as others follow from it; or the last line."""
@@ -186,7 +200,7 @@ class _PipelineConnection(Connection):
         self._pipeline.close()
 
     def reaches_end(self, extent: Extent) -> bool:
-        """Whether the pipeline came to its end; raises `UnusableError` when it failed."""
+        """Whether the pipeline came to its end; raises what `_Pipeline.check` does."""
         self._pipeline.check()
         return not self._pipeline.is_endless
 

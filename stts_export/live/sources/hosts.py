@@ -38,7 +38,7 @@ def look_up(url: str, seconds: float, stop: Event) -> None:
     deadline = time.monotonic() + seconds
     while thread.is_alive() and not stop.is_set():
         if time.monotonic() > deadline:
-            raise LostError(f"nobody answers for {seconds:.3g} s where host {host} is")
+            raise LostError(f"nobody answers where host {host} is", seconds)
         thread.join(_GLANCE)
     if found == [False]:
         raise LostError(f"the host name {host} is not known")

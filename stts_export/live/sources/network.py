@@ -32,6 +32,7 @@ _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0
 """Seconds between tries."""
 _SHORTEST_TRY = 0.2
 """Seconds; a try with less is not worth it."""
+_LAST_PORT = 65535
 _DEVICE_FORMAT = "video4linux2,v4l2"
 _INDEXED = (".mp4", ".m4v", ".mov")
 _RECORDINGS = (*_INDEXED, ".mkv", ".webm", ".avi")
@@ -65,7 +66,7 @@ class ConnectedSource:
     is_live = True
     gave_up_fix = (
         "check that the source runs and that this machine reaches it; with a longer reconnect_for "
-        "it has more time to come back"
+        "(--give-up-after) it has more time to come back"
     )
 
     def __init__(self, address: Address, options: SourceOptions, opener: Opener = av.open) -> None:
@@ -116,16 +117,19 @@ class NetworkSource(ConnectedSource):
         opener: `av.open`.
 
     Raises:
-        InputError: the address names no host.
+        InputError: the address names no host, or a port that is none.
     """
 
     def __init__(self, url: str, options: SourceOptions, opener: Opener = av.open) -> None:
         scheme, _, rest = url.partition("://")
         scheme, name = scheme.lower(), redacted(url)
-        if not re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]:
+        authority = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+        if not authority:
             raise InputError(
                 "the address names no host", where=name, allowed=f"{scheme}://HOST/PATH"
             )
+        if "@" not in rest.partition(authority)[2]:  # or it is the beginning of a password
+            _check_port(authority, name)
         settings = {"protocol_whitelist": _PROTOCOLS[scheme]}
         if scheme in ("rtsp", "rtsps"):
             # No waiting for frames just to tell their rate. Not "nobuffer": it throws away what
@@ -208,18 +212,18 @@ class _Watch:
             self._wait(reason, delay)
             delay = min(2 * delay, _LONGEST_DELAY)
 
-    def _try(self) -> Generator[Arrival, None, str | None]:
+    def _try(self) -> Generator[Arrival, None, LostError | None]:
         """Yield the frames of one connection; return why it was lost, None at the end."""
         try:
             return (yield from self._connection())
         except LostError as error:
-            return str(error)
+            return error
         except UnusableError as error:
             if self._connections == 0 and not self._stop.is_set():
                 raise error.error from None
-            return error.error.message
+            return LostError(error.error.message)
 
-    def _connection(self) -> Generator[Arrival, None, str | None]:
+    def _connection(self) -> Generator[Arrival, None, LostError | None]:
         with self._source.connect(
             self._patience(), self._hardware.acceleration(self._source.name), self._stop
         ) as connection:
@@ -258,7 +262,7 @@ class _Watch:
             self._report.count(reconnects=1)
         self._connections += 1
 
-    def _judge(self, connection: Connection, extent: Extent) -> str | None:
+    def _judge(self, connection: Connection, extent: Extent) -> LostError | None:
         """Say why a connection that was closed was lost; None when the source is at its end."""
         if connection.reaches_end(extent):
             return None
@@ -267,7 +271,7 @@ class _Watch:
                 self._report.notice("damaged", "the recording is cut off: it stops before its end")
                 return None
             self._stuck_at = self._pts
-        return "the connection was closed"
+        return LostError("the connection was closed")
 
     def _left(self) -> float:
         return self._options.reconnect_for - (time.monotonic() - self._last)
@@ -280,7 +284,7 @@ class _Watch:
         # Opening takes two steps.
         return Patience(min(options.connect_timeout, left / 2), min(options.read_timeout, left))
 
-    def _wait(self, reason: str, delay: float) -> None:
+    def _wait(self, reason: LostError, delay: float) -> None:
         left = self._left()
         if left < _SHORTEST_TRY:
             raise self._gave_up(reason)
@@ -290,13 +294,19 @@ class _Watch:
         )
         self._stop.wait(wait)
 
-    def _gave_up(self, reason: str) -> InputError:
+    def _gave_up(self, reason: LostError) -> InputError:
         seconds = time.monotonic() - self._last
         what = "is lost" if self._connections else "cannot be reached"
-        tried = f", tried for {seconds:.0f} s" if self._options.reconnect_for else ""
-        return InputError(
-            f"{what}: {reason}{tried}", where=self._source.name, fix=self._source.gave_up_fix
-        )
+        why = str(reason)
+        if self._options.reconnect_for:  # how long the last try waited says little
+            why = f"{reason.reason}, tried for {seconds:.{0 if seconds >= 1 else 1}f} s"
+        return InputError(f"{what}: {why}", where=self._source.name, fix=self._source.gave_up_fix)
+
+
+def _check_port(authority: str, name: str) -> None:
+    _, mark, port = authority.rpartition("]")[2].rpartition(":")
+    if mark and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= _LAST_PORT):
+        raise InputError(f"the port is {port!r}", where=name, allowed=f"1 to {_LAST_PORT}")
 
 
 def _is_before(shown: Shown, pts: float | None) -> bool:
