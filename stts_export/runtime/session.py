@@ -31,23 +31,19 @@ from stts_export.runtime.arguments import (
     as_ratio,
     as_timestamps,
     host_array,
-    is_text,
     too_many_frames,
 )
 from stts_export.runtime.images import image_crops, image_grid
 from stts_export.runtime.logits import Sampling, TokenLogprob, check_sampling, with_text
 from stts_export.runtime.prompt import (
     Conversation,
-    ImageTokens,
     PromptBuilder,
     Subtitle,
     VideoTokens,
-    check_order,
-    check_question,
-    kept_positions,
     visual_groups,
 )
 from stts_export.runtime.resize import check_frames, resize_frames
+from stts_export.runtime.sequences import Sequences, TokenSequence
 from stts_export.runtime.tokenizer import eos_ids_of
 from stts_export.runtime.video import Progress, VideoClip, read_video
 from stts_export.runtime.visuals import (
@@ -63,7 +59,6 @@ from stts_export.runtime.visuals import (
     check_settings,
     summary,
     totals,
-    with_subtitles,
 )
 from stts_export.runtime.visuals import EncodedClip as EncodedClip
 from stts_export.tensors import (
@@ -93,7 +88,6 @@ Image = Any
 """uint8 (height, width, 3) RGB: a NumPy array, or anything on the host with `__dlpack__`."""
 Visual = EncodedClip | EncodedImage | VideoClip | Frames | str | Path
 """What a prompt is about; a path names a video or an image."""
-TokenSequence = Sequence[int] | NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -149,11 +143,11 @@ class Session:
         """Makes token sequences of texts; None without a tokenizer."""
         folder = bundle.folder / CONFIG_FOLDER
         self._images = image_preprocessing(folder, bundle.config.vision)
-        self._vocabulary = bundle.config.text.vocab_size + bundle.config.text.additional_vocab_size
+        self._sequences = Sequences(bundle, prompts)
         self._eos_ids = (
             prompts.eos_token_ids
             if prompts
-            else eos_ids_of(bundle.folder / CONFIG_FOLDER, self._vocabulary)
+            else eos_ids_of(bundle.folder / CONFIG_FOLDER, self._sequences.vocabulary)
         )
 
     @staticmethod
@@ -472,7 +466,7 @@ class Session:
         windows = self.config.vision.windows
         unread = np.empty((len(timestamps), 0, 0, 3), np.uint8)
         request = ClipRequest(unread, timestamps, windows, ratio, count, None, note)
-        self._check_requests([request], prompt, max_new_tokens, ())
+        self._sequences.check([request], prompt, max_new_tokens, ())
 
     def device_frame(self, frame: object) -> DeviceArray:
         """Take a frame (height, width, 3) in the memory of a GPU as (1, height, width, 3).
@@ -520,7 +514,7 @@ class Session:
         if any(map(_is_file, visuals)):
             return
         requests = self._requests(visuals, prune_ratio)
-        self._check_requests(requests, prompt, max_new_tokens, subtitles)
+        self._sequences.check(requests, prompt, max_new_tokens, subtitles)
 
     def next_token_logits(
         self,
@@ -656,7 +650,7 @@ class Session:
         check_settings(visuals, prune_ratio, max_frames)
         if any(map(_is_file, visuals)):
             unread = VideoTokens(np.zeros(1), self.config.vision.windows)
-            self._token_ids(prompt, [unread] * len(visuals), subtitles)
+            self._sequences.complete(prompt, [unread] * len(visuals), subtitles)
         return visuals
 
     def _frame_limit(self, max_frames: int | None) -> int:
@@ -683,12 +677,12 @@ class Session:
                 visuals[index] = self.read_video(visual, max_frames)
                 timings["read"] = timings.get("read", 0.0) + time.perf_counter() - started
         requests = self._requests(visuals, prune_ratio)
-        self._check_requests(requests, prompt, max_new_tokens, subtitles)
+        self._sequences.check(requests, prompt, max_new_tokens, subtitles)
         visuals.clear()
         encoded: list[Encoded] = []
         while requests:  # the pixels of one that is encoded are not held
             encoded.append(self._encoded(requests.pop(0)))
-        ids, positions = self._compact_ids(prompt, encoded, max_new_tokens, subtitles)
+        ids, positions = self._sequences.compact(prompt, encoded, max_new_tokens, subtitles)
         return _Ready(encoded, ids, positions, timings)
 
     def _requests(self, visuals: Sequence[Any], prune_ratio: float | None) -> list[Request]:
@@ -704,29 +698,6 @@ class Session:
             else:
                 requests.append(self._request(visual, prune_ratio, None, None))
         return requests
-
-    def _check_requests(
-        self,
-        requests: Sequence[Request],
-        prompt: Conversation | TokenSequence,
-        max_new_tokens: int,
-        subtitles: Sequence[Subtitle],
-    ) -> None:
-        """Check the prompt's length and its window tokens before anything is encoded."""
-        ids = self._token_ids(prompt, [request.tokens for request in requests], subtitles)
-        total = removed = 0
-        for request in requests:
-            if isinstance(request, (EncodedClip, EncodedImage)):
-                total += request.keep.size
-                removed += request.keep.size - len(request.features)
-            else:
-                total += request.total
-                removed += request.count
-        kept_positions(ids, np.ones(total, dtype=np.bool_), self.config.tokens.im_patch)
-        check_order(ids, [request.tokens for request in requests], self.config.tokens.im_patch)
-        has_video = any(isinstance(request, (EncodedClip, ClipRequest)) for request in requests)
-        prompt_tokens, kept = len(ids) - removed, total - removed
-        self._check_length(prompt_tokens, max_new_tokens, kept, len(ids), has_video)
 
     def _encoded(self, request: Request) -> Encoded:
         if isinstance(request, ClipRequest):
@@ -898,24 +869,6 @@ class Session:
                 fix="resize them on the GPU, or pass frames on the host, which are resized here",
             )
 
-    def _compact_ids(
-        self,
-        prompt: Conversation | TokenSequence,
-        encoded: Sequence[Encoded],
-        max_new_tokens: int,
-        subtitles: Sequence[Subtitle],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the prompt without the tokens of removed windows, and rotary positions of it."""
-        ids = self._token_ids(prompt, [visual.tokens for visual in encoded], subtitles)
-        stays = [np.zeros(0, dtype=np.bool_), *(visual.keep.reshape(-1) for visual in encoded)]
-        kept = kept_positions(ids, np.concatenate(stays), self.config.tokens.im_patch)
-        check_order(ids, [visual.tokens for visual in encoded], self.config.tokens.im_patch)
-        windows = sum(len(visual.features) for visual in encoded)
-        has_video = any(isinstance(visual, EncodedClip) for visual in encoded)
-        self._check_length(len(kept), max_new_tokens, windows, len(ids), has_video)
-        is_gapped = self.bundle.manifest.positions == "gapped"
-        return ids[kept], kept if is_gapped else np.arange(len(kept))
-
     def removal(self, frames: int, prune_ratio: float | None) -> tuple[float, int, str | None]:
         """Return the ratio in force, the windows to remove, and why there are none.
 
@@ -951,75 +904,6 @@ class Session:
             short = f"{frames} x {windows} windows x {ratio} is less than one window"
             return ratio, 0, f"nothing was removed: {short}"
         return ratio, count, None
-
-    def _token_ids(
-        self,
-        prompt: Conversation | TokenSequence,
-        visuals: Sequence[VideoTokens | ImageTokens],
-        subtitles: Sequence[Subtitle],
-    ) -> NDArray[np.int64]:
-        """Return the complete sequence as before pruning."""
-        if is_text(prompt):
-            if self.prompts is None:
-                raise InputError(
-                    "the prompt is text, but the checkpoint came without a tokenizer",
-                    where=str(self.bundle.folder),
-                    allowed="token ids, the complete sequence as before pruning",
-                    fix="add tokenizer.json to the checkpoint folder and build again",
-                )
-            text: Conversation = prompt  # type: ignore[assignment]
-            check_question(text)
-            return self.prompts.build(text, with_subtitles(visuals, subtitles))
-        if subtitles:
-            raise InputError(
-                "subtitles beside token ids", where="prompt", allowed="subtitles beside text"
-            )
-        ids = as_array(prompt, "prompt")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) == 0:
-            raise InputError(
-                f"token ids of shape {ids.shape} and type {ids.dtype}",
-                where="prompt",
-                allowed="a flat sequence of integers, not empty",
-            )
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise InputError(
-                f"token ids from {ids.min()} to {ids.max()}",
-                where="prompt",
-                allowed=f"0..{self._vocabulary - 1}",
-            )
-        return ids.astype(np.int64)
-
-    def _check_length(
-        self, prompt: int, max_new_tokens: int, kept: int, complete: int, has_video: bool
-    ) -> None:
-        """Check a prompt by its tokens, the windows among them, and the tokens before removal."""
-        limit, needed = self.bundle.manifest.limits.max_tokens, prompt + max_new_tokens
-        positions = self.config.text.max_position_embeddings
-        if needed > limit:
-            ways = ["raise the prune ratio", "sample fewer frames"] if has_video else []
-            ways.append("shorten the prompt")
-            if prompt < limit:
-                ways.append("ask for fewer new tokens")
-            if needed <= positions:
-                ways.append(f"build with --max-tokens {needed}")
-            new = f" and {max_new_tokens} new ones are {needed}" if max_new_tokens else ""
-            raise InputError(
-                f"{prompt} prompt tokens ({kept} of them windows){new}",
-                where="prompt",
-                allowed=f"{limit} tokens",
-                fix=", or ".join([", ".join(ways[:-1]), ways[-1]] if ways[1:] else ways),
-            )
-        if self.bundle.manifest.positions == "gapped" and complete + max_new_tokens > positions:
-            raise InputError(
-                f"{complete} prompt tokens before removal and {max_new_tokens} new ones are "
-                f"{complete + max_new_tokens} positions",
-                where="prompt",
-                allowed=f"{positions}, the checkpoint's max_position_embeddings: the bundle's "
-                "positions are gapped, so removed tokens count",
-                fix="sample fewer frames, or shorten the prompt"
-                if has_video
-                else "shorten the prompt",
-            )
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,10 @@ def test_windows_are_full_and_medians_are_of_the_samples(results):
     cases = list(itertools.product(settings["windows"], MODES))
     assert [(row["frames"], row["mode"]) for row in rows] == cases
     for row in rows:
-        assert row["answer_frames"] == [row["frames"]]
+        least = row["frames"]
+        if row["mode"] == "incremental":  # a segment leaves the window as a whole
+            least -= settings["every"] - 1
+        assert all(least <= frames <= row["frames"] for frames in row["answer_frames"])
         assert row["kept_windows"] < row["total_windows"]
         assert row["dropped"] == 0
         for key in ("first_token", "latency"):

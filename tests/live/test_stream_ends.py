@@ -16,6 +16,7 @@ from stts_export import Session
 from stts_export.errors import InputError
 from stts_export.live.events import LiveAnswer, LiveEnd, LiveEvent
 from stts_export.live.stream import LiveStream, merged
+from stts_export.runtime.sequences import Sequences
 from tests.helpers import random_frames
 from tests.live.helpers import ListSource
 
@@ -318,6 +319,7 @@ def test_gapped_positions_of_a_window_are_checked(text_bundle: Path):
     with Session.open(text_bundle, threads=1) as session:
         manifest = dataclasses.replace(session.bundle.manifest, positions="gapped")
         session.bundle = dataclasses.replace(session.bundle, manifest=manifest)
+        session._sequences = Sequences(session.bundle, session.prompts)
         settings = {**FAST, "window": "4s", "prune_ratio": 0.9, "max_new_tokens": 300}
         for mode in ("exact", "incremental"):
             with pytest.raises(InputError, match=r"positions\n.*max_position_embeddings"):
