@@ -40,6 +40,7 @@ _END_SECONDS = 5.0
 """How long they may take when their streams have ended."""
 _RESCUE_SECONDS, _GRACE_SECONDS = 0.5, 0.9
 """From a signal to the finishing of pictures and to the end of the process, whatever hangs."""
+_ZERO = re.compile(r"\s*0+(?:\.0*)?\s*(?:ms|s|m|h)?\s*")
 
 _SETTINGS = (
     "mode", "fps", "prune_ratio", "min_prune_ratio", "max_prune_ratio", "gate", "queue",
@@ -225,11 +226,8 @@ def _opened(given: Sequence[str], arguments: Arguments) -> list[Source]:
         text = getattr(arguments, option)
         if text is not None:
             name = f"--{option.replace('_', '-')}"
-            zero = re.fullmatch(r"\s*0+(?:\.0*)?(\s*[a-z]*\s*)", text)
-            if zero and field == "reconnect_for":
-                options[field] = 0 * seconds(f"1{zero[1]}", name)  # with a unit that there is
-            else:
-                options[field] = seconds(text, name)
+            is_zero = field == "reconnect_for" and _ZERO.fullmatch(text)
+            options[field] = 0.0 if is_zero else seconds(text, name)
     return [open_source(source, SourceOptions(**options)) for source in given]
 
 

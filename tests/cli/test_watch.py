@@ -251,11 +251,13 @@ def test_how_sources_are_read_is_passed_on(watched, monkeypatch: pytest.MonkeyPa
         "--give-up-after 2m --decoder software --folder-fps 4"
     )
     watched([FakeStream()], *options.split())
-    watched([FakeStream()], "--give-up-after", "0")
+    zeros = ("0", "0s", "0ms", " 0.0 m ")
+    for zero in zeros:
+        watched([FakeStream()], "--give-up-after", zero)
     watched([FakeStream()])
     assert [given for _, given in calls] == [
         live_sources.SourceOptions(True, "udp", 1.0, 0.5, 120.0, "software", 4.0),
-        live_sources.SourceOptions(reconnect_for=0.0),
+        *[live_sources.SourceOptions(reconnect_for=0.0)] * len(zeros),
         live_sources.SourceOptions(),
     ]
 
@@ -281,6 +283,9 @@ def test_choices_are_those_of_the_library():
         (["--connect-timeout", "0"], "--connect-timeout is '0'"),
         (["--stall-timeout", "x"], "--stall-timeout is 'x'"),
         (["--give-up-after", "x"], "--give-up-after is 'x'"),
+        (["--give-up-after", "0x"], "--give-up-after is '0x'"),
+        (["--source", ""], "the source is empty"),
+        (["--source", "rtsp://cam:99999/x"], "the port is '99999'"),
         (["--folder-fps", "0"], "folder_fps is 0.0"),
         (["--metrics", "65536"], "the address is '65536'"),
         (["--overlay", "out.gif"], "a name in .mp4 or .png"),
@@ -304,6 +309,41 @@ def test_bad_options_are_found_before_the_bundle_is_opened(
 def test_without_a_source(capsys):
     assert main(["watch", "bundle", "-p", QUESTION]) == 1
     assert "there is no source\n  fix: name one after the bundle" in capsys.readouterr().err
+
+
+def test_several_sources(video: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def opened(spec: str, _: object) -> None:
+        calls.append(spec)
+        if len(calls) == 3:
+            raise InputError("enough")
+
+    monkeypatch.setattr(live_sources, "open_source", opened)
+    assert main(["watch", "bundle", "a", "b", "-p", "x", "--source", "c"]) == 1
+    assert calls == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["watch", "bundle", "x", "-p", "q", "rtsp://admin:s3 cret@cam/x"],
+        ["watch", "bundle", "x", "-p", "q", "admin:s3cret@cam"],
+        ["watch", "bundle", "x", "-p", "q", "--fps", "rtsp://admin:s3cret@cam/x"],
+        ["watch", "bundle", "x", "-p", "q", "--mode=rtsp://admin:s3'cret@cam/x"],
+        ["watch", "bundle", "x", "-p", "q", "--s=rtsp://admin:s3cret@cam/x"],
+        ["run", "bundle", "x", "-p", "q", "rtsp://cam/user=admin&password=s3cret"],
+        ["rtsp://admin:s3cret@cam/x"],
+    ],
+)
+def test_usage_errors_show_no_password(words: list[str], capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    printed = capsys.readouterr().err
+    assert "error: " in printed
+    assert "cam" in printed
+    assert "s3" not in printed
+    assert "cret" not in printed
 
 
 def test_the_source_is_never_written_over(video: Path, capsys):
@@ -474,11 +514,21 @@ def test_bad_settings_are_found_before_a_thread_starts(
     assert printed.err.count("error:") == 1
 
 
-def _start(words: list[str], before: str = "", **options: Any) -> subprocess.Popen[str]:
-    """Run the command after some code, as a terminal would: Ctrl-C is not ignored."""
+def _start(
+    words: list[str], before: str = "", shell: str = "", **options: Any
+) -> subprocess.Popen[str]:
+    """Run the command after some code, as a terminal would: Ctrl-C is not ignored.
+
+    Args:
+        words: of the command.
+        before: what runs before it.
+        shell: where its output goes, in the shell's words.
+        options: for `Popen`.
+    """
     code = f"import sys\n{textwrap.dedent(before)}\nfrom stts_export.cli import main\n"
+    command = [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *words]
     return subprocess.Popen(
-        [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *words],
+        ["sh", "-c", f'exec "$@" {shell}', "sh", *command] if shell else command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -545,6 +595,27 @@ FileSource.arrivals = arrivals
 """
 
 
+DRAWING_HANGS = """
+from stts_export.live import live_overlay
+real, calls = live_overlay.write_contact_sheet, []
+def hangs(*given, **named):
+    import time
+    calls.append(given)
+    if len(calls) > 2:
+        time.sleep(60)
+    real(*given, **named)
+live_overlay.write_contact_sheet = hangs
+"""
+
+AT_EXIT = """
+import atexit, time
+def linger():
+    print("exits", flush=True)
+    time.sleep(0.5)
+atexit.register(linger)
+"""
+
+
 def test_ctrl_c_while_a_source_hangs(words: list[str], tmp_path: Path):
     process = _start([*words, "--overlay", str(tmp_path / "out.mp4")], HANGS)
     assert process.stdout is not None
@@ -560,11 +631,7 @@ def test_ctrl_c_while_a_source_hangs(words: list[str], tmp_path: Path):
 def test_terminated_while_nobody_reads(words: list[str]):
     process = _start([*words, "--json", "--every", "500ms"], pipesize=4096)
     assert process.stdout is not None
-    waiting = array.array("i", [0])
-    while waiting[0] < 3000:  # a line of JSON does not fit any more
-        fcntl.ioctl(process.stdout, termios.FIONREAD, waiting)
-        assert process.poll() is None
-        time.sleep(0.01)
+    _fill(process)
     sent = time.monotonic()
     process.terminate()
     assert process.wait(timeout=30) == 143
@@ -591,3 +658,73 @@ def test_a_source_that_cannot_be_reached_while_another_goes_on(words: list[str],
     assert printed.err.count("error: http://127.0.0.1:1/x.mp4: ") == 1
     assert "[http://127.0.0.1:1/x.mp4] ended before its first frame: 0 frames" in printed.err
     assert "secret" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+def test_stdout_that_takes_nothing(words: list[str], options: list[str], redirection: str):
+    process = _start([*words, *options], shell=redirection)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Error" not in err
+    assert "Traceback" not in err
+    assert '"text"' not in err
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+def test_stderr_that_takes_nothing(words: list[str], tmp_path: Path, redirection: str):
+    overlay = ["--overlay", str(tmp_path / "out.mp4")]
+    process = _start([*words, *overlay, "--metrics", "0"], shell=redirection)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    lines = out.splitlines()
+    assert len(lines) == 5
+    assert all("(kept " in line for line in lines)
+    process = _start(["watch", "bundle", "/none.mp4", "-p", "x"], shell=redirection)
+    assert process.communicate(timeout=60)[0] == ""
+    assert process.returncode == 1
+
+
+def _fill(process: subprocess.Popen[str]) -> None:
+    """Wait until a line of JSON does not fit into the pipe any more."""
+    waiting = array.array("i", [0])
+    while waiting[0] < 3000:
+        fcntl.ioctl(process.stdout, termios.FIONREAD, waiting)  # type: ignore[arg-type]
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("before", "names"), [("", ["out.mp4", "out.png"]), (DRAWING_HANGS, ["out.png"])]
+)
+def test_pictures_while_nobody_reads(
+    words: list[str], tmp_path: Path, before: str, names: list[str]
+):
+    options = ["--json", "--every", "500ms", "--overlay", str(tmp_path / "out.mp4")]
+    process = _start([*words, *options], before, pipesize=4096)
+    _fill(process)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - sent < END_SECONDS
+    process.communicate()
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    if "out.mp4" in names:
+        with av.open(str(tmp_path / "out.mp4")) as container:
+            assert sum(1 for _ in container.decode(video=0)) >= 3
+
+
+def test_three_signals_in_a_row(words: list[str]):
+    process = _start([*words, *PACED], AT_EXIT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+    while process.stdout.readline() != "exits\n":
+        pass
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import weakref
 from pathlib import Path
@@ -232,3 +233,29 @@ def test_the_end_waits_for_an_answer_that_is_being_drawn(
     answering.join(10)
     closing.join(10)
     assert len(_decoded(tmp_path / "out.mp4")[0]) == 4
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "o[u]t*.png"])
+def test_what_is_half_written_is_removed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    overlay, draws, go_on = LiveOverlay(tmp_path / name, GRID), threading.Event(), threading.Event()
+    (tmp_path / ".other.partial-1.mp4").touch()
+
+    def hangs(path: Path, *_: object, **__: object) -> None:
+        with writing.finished_file(path, ".png") as partial:
+            partial.touch()
+            draws.set()
+            go_on.wait(10)
+
+    monkeypatch.setattr(live_overlay, "write_contact_sheet", hangs)
+    thread = threading.Thread(target=overlay, args=(answer((0.0,), FIRST[:1]), frames(1), SIZE))
+    thread.start()
+    assert draws.wait(10)
+    (tmp_path / f".{Path(name).stem}.partial-{os.getpid()}.mp4").touch()
+    assert len(_names(tmp_path)) == 3
+    overlay.discard()
+    assert _names(tmp_path) == [".other.partial-1.mp4"]
+    go_on.set()
+    thread.join()
+    overlay.close()

@@ -58,8 +58,8 @@ def open_source(spec: str | Path, options: SourceOptions | None = None) -> Sourc
     options = options or SourceOptions()
     given: object = spec
     if not isinstance(given, (str, Path)):
-        kind = type(given).__name__
-        raise InputError(f"the source is of type {kind}", where="source", allowed=_ALLOWED)
+        message = f"the source is of type {type(given).__name__}"
+        raise InputError(message, where="source", allowed=_ALLOWED)
     text = str(spec)
     if not text.strip():
         raise InputError("the source is empty", where="source", allowed=_ALLOWED)

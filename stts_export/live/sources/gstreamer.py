@@ -45,7 +45,7 @@ _ENDLESS = frozenset(
 """Elements whose end is a loss: a server that dies is the end of the stream to rtspsrc."""
 _HOPELESS = re.compile(
     r"erroneous pipeline|missing a plug-in|not-linked|not-negotiated|not-supported|unauthorized|"
-    r"forbidden|\(4\d\d\)",
+    r"forbidden| \(4\d\d\)",
     re.IGNORECASE,
 )
 """What a pipeline says that is wrong itself, or was refused by a server; all else may pass."""
@@ -170,7 +170,7 @@ class _Pipeline:
         lines = [line.strip() for line in self._said if line.strip()]
         telling = [line for line in lines if line.startswith(("ERROR: from", "WARNING: err"))]
         line = telling[0] if telling else lines[-1] if lines else f"exit status {status}"
-        return redacted_text(line, self._secrets)
+        return redacted_text(line, self._secrets).rstrip(".")
 
     def close(self) -> None:
         """Kill the process."""

@@ -16,7 +16,7 @@ _SECRET = "(?:pass|pw|secret|token|user|auth|cookie|headers)"
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
 # The value may hold any sign: it goes on to the next "&name=" or ";name=".
 _SECRET_SETTING = re.compile(
-    rf"({_SECRET}[^/;&=?]*=).*?(?=[;&?][^/;&=?]*=|$)", re.IGNORECASE | re.DOTALL
+    rf"({_SECRET}[^/;&=?]*=).*?(?=[;&][^/;&=?]*=|$)", re.IGNORECASE | re.DOTALL
 )
 
 
@@ -29,8 +29,11 @@ def redacted(text: str) -> str:
     """
     scheme, mark, rest = text.partition("://")
     if not mark or not _SCHEME.fullmatch(scheme):
-        _, mark, rest = text.rpartition("@")
-        return (HIDDEN + mark if mark else "") + _without_secrets(rest)
+        shown = _without_secrets(text)
+        if "@" not in text:
+            return shown
+        _, mark, rest = shown.rpartition("@")
+        return f"{HIDDEN}@{rest}" if mark else HIDDEN
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     behind = rest[len(authority) :]
     if "@" in behind:

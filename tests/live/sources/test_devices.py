@@ -96,7 +96,7 @@ def test_a_camera_without_frames_is_lost(clip):
 
     camera = Silent(clip, [None] * 8)
     options = replace(QUICK, read_timeout=0.2, reconnect_for=1.0)
-    with pytest.raises(InputError, match="cannot be reached: no frame came for"):
+    with pytest.raises(InputError, match="cannot be reached: no frame came, tried for"):
         take(DeviceSource("/dev/video7", options, camera))
 
 

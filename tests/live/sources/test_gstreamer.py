@@ -71,7 +71,7 @@ def test_stopping_a_silent_pipeline():
 def test_a_silent_pipeline_is_given_up():
     options = replace(QUICK, reconnect_for=1.0)
     source = open_source("gst:videotestsrc is-live=true ! valve drop=true", options)
-    with pytest.raises(InputError, match="cannot be reached: nothing came for"):
+    with pytest.raises(InputError, match="cannot be reached: nothing came, tried for"):
         take(source)
 
 
@@ -90,6 +90,62 @@ def test_a_pipeline_that_fails(pipeline, message):
     assert error.value.where == f"gst:{pipeline}"
     assert error.value.fix == "try it by itself with gst-launch-1.0"
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_server_that_is_away_at_the_start(rtsp):
+    server, heard = rtsp(), Heard()
+    server.kill()
+    pipeline = f"gst:rtspsrc location={server.url()} protocols=tcp latency=0 ! {DECODE}"
+    source = open_source(pipeline, replace(QUICK, reconnect_for=20.0))
+    timer = threading.Timer(1.0, server.start)
+    timer.start()
+    assert len(take(source, 3, heard)) == 3
+    timer.join()
+    assert set(heard.kinds[:-1]) == {"reconnecting"}
+    assert "the pipeline fails: " in heard.text
+    assert heard.kinds[-1] == "connected"
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "rtspsrc location=rtsp://127.0.0.1:1/x ! rtph264depay ! h264parse ! avdec_h264",
+        "v4l2src device=/dev/video987",
+        "tcpclientsrc host=127.0.0.1 port=1 ! tsdemux ! h264parse ! avdec_h264",
+    ],
+)
+def test_a_camera_that_never_comes(pipeline):
+    heard = Heard()
+    source = open_source(f"gst:{pipeline}", replace(QUICK, reconnect_for=2.0))
+    with pytest.raises(InputError, match=r"cannot be reached: .*, tried for"):
+        take(source, None, heard)
+    assert set(heard.kinds) == {"reconnecting"}
+    assert "the pipeline fails: ERROR: from element" in heard.text
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("nosuch", 'no element "nosuch"'),
+        ("rtph264depay nosuch=1", 'no property "nosuch"'),
+        ("rtph265depay ! h265parse ! avdec_h265", "the pipeline fails"),
+    ],
+)
+def test_a_wrong_pipeline_is_not_tried_again(rtsp, rest, message):
+    server, heard = rtsp(), Heard()
+    source = open_source(f"gst:rtspsrc location={server.url()} protocols=tcp ! {rest}", QUICK)
+    with pytest.raises(InputError, match=message) as error:
+        take(source, None, heard)
+    assert "tried for" not in error.value.message
+    assert heard.kinds == []
+
+
+def test_a_path_that_is_not_there_is_not_tried_again(rtsp):
+    heard = Heard()
+    source = open_source(f"gst:rtspsrc location={rtsp().url(path='other')} ! {DECODE}", QUICK)
+    with pytest.raises(InputError, match=r"the pipeline fails: .*Not found"):
+        take(source, None, heard)
+    assert heard.kinds == []
 
 
 def test_a_camera_that_comes_back(rtsp):
@@ -115,6 +171,7 @@ def test_wrong_credentials(rtsp):
     with pytest.raises(InputError, match=r"the pipeline fails: .*[Uu]nauthorized") as error:
         take(source, 1, heard)
     assert "s3" not in str(error.value) + source.name + heard.text
+    assert heard.kinds == []
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_server_that_is_killed_for_good(rtsp):
     with pytest.raises(InputError, match="is lost: connection refused, tried for 3 s") as error:
         list(arrivals)
     assert error.value.where == source.name
-    assert "reconnect_for" in str(error.value)
+    assert "reconnect_for (--give-up-after)" in str(error.value)
 
 
 def test_not_trying_again(rtsp):
@@ -134,7 +134,7 @@ def test_a_server_that_never_answers_is_given_up():
     with silent_server() as port:
         source = open_source(f"rtsp://127.0.0.1:{port}/x", replace(QUICK, reconnect_for=1.5))
         began = time.monotonic()
-        with pytest.raises(InputError, match="cannot be reached: nothing came for"):
+        with pytest.raises(InputError, match=r"cannot be reached: nothing came, tried for [12] s"):
             take(source, 1)
         assert time.monotonic() - began < 2.5
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from stts_export.errors import InputError
@@ -48,6 +50,55 @@ def test_what_is_no_source(spec, message):
     assert error.value.message.startswith(message)
     assert error.value.allowed or error.value.fix
     assert "word" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "rtsp:/admin:word@cam/x", "admin:word@cam/x", "rtsp//a:word@c", "location=rtsp://a:word@c",
+        "user-pw=word", "cam/user=admin&pwd=word", "a:word@rtsp://c", "/dev/v4l/a:word@c",
+    ],
+)  # fmt: skip
+def test_no_password_of_what_is_no_source_is_shown(spec):
+    with pytest.raises(InputError, match="there is no such") as error:
+        open_source(spec)
+    assert "word" not in str(error.value)
+
+
+@pytest.mark.parametrize("spec", ["", " ", 5, None, b"clip.mp4"])
+def test_what_is_no_text(spec):
+    with pytest.raises(InputError, match=r"the source is (empty|of type (int|NoneType|bytes))"):
+        open_source(spec)
+
+
+@pytest.mark.parametrize("spec", ["x" * 5000, "a\0b"])
+def test_what_is_no_name_of_a_file(spec):
+    with pytest.raises(InputError, match=r"file name too long|is no name of a file") as error:
+        open_source(spec)
+    assert len(str(error.value)) < 500
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(InputError, match="is no file, folder or camera") as error:
+            open_source(path)
+        assert error.value.allowed
+
+
+@pytest.mark.parametrize("port", ["", "0", "65536", "99999999", "abc", "-1", "5٥4"])
+@pytest.mark.parametrize("host", ["cam", "bob:word@cam", "[::1]"])
+def test_a_port_that_is_none(host, port):
+    with pytest.raises(InputError) as error:
+        open_source(f"rtsp://{host}:{port}/x")
+    assert error.value.message == f"the port is {port!r}"
+    assert error.value.allowed == "1 to 65535"
+    assert "word" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["rtsp://cam:65535", "http://[::1]/x", "rtsp://bob:12/3@cam:1/x"])
+def test_a_port_that_is_one(url):
+    assert open_source(url).is_live
 
 
 @pytest.mark.parametrize(
