@@ -143,7 +143,6 @@ class Session:
         """Makes token sequences of texts; None without a tokenizer."""
         folder = bundle.folder / CONFIG_FOLDER
         self._images = image_preprocessing(folder, bundle.config.vision)
-        self._sequences = Sequences(bundle, prompts)
         self._eos_ids = (
             prompts.eos_token_ids
             if prompts
@@ -293,7 +292,7 @@ class Session:
         Raises:
             InputError: wrong shape or type, too many frames, a ratio outside the limits, an image.
         """
-        self._check_open()
+        self._check_free()
         if refill not in get_args(vision.Refill):
             raise InputError(
                 f"refill is {refill!r}",
@@ -322,7 +321,7 @@ class Session:
             InputError: no image, or the model's size cannot be cut into the crops that its
                 `preprocessor_config.json` asks for.
         """
-        self._check_open()
+        self._check_free()
         if isinstance(image, (str, Path)):
             image = self.read_video(image)
         return self._encode_image(self._image_request(image), on_progress)
@@ -368,7 +367,7 @@ class Session:
         Raises:
             InputError: the prompt does not fit the clip or the model, or the clip is at fault.
         """
-        self._check_open()
+        self._check_free()
         sampling = check_sampling(sampling)
         max_new_tokens = as_integer(max_new_tokens, "max_new_tokens")
         logprobs = as_integer(logprobs, "logprobs", least=0)
@@ -422,8 +421,7 @@ class Session:
         """
         from stts_export.live.stream import open_stream
 
-        if not self.runners:
-            self._check_open()
+        self._check_open()
         self._streams = [
             stream for stream in self._streams if stream.uses_graphs or not stream.is_over
         ]
@@ -537,7 +535,7 @@ class Session:
         Raises:
             InputError: the prompt does not fit the clip or the model, or the clip is at fault.
         """
-        self._check_open()
+        self._check_free()
         visuals = self._visuals(clip, prompt, prune_ratio, max_frames, subtitles)
         ready = self._prepare(visuals, prompt, 0, prune_ratio, max_frames, subtitles)
         ids, runner = ready.ids, self.runners[DECODER]
@@ -545,6 +543,10 @@ class Session:
         groups = visual_groups(ids, self.config.tokens.visual)
         features = self._features(ready.encoded)
         return decoder.step(runner, cache, ids, groups, features, ready.positions)
+
+    @property
+    def _sequences(self) -> Sequences:
+        return Sequences(self.bundle, self.prompts)
 
     def _cache(self, capacity: int) -> decoder.KVCache:
         precision = self.bundle.manifest.precision
@@ -563,12 +565,17 @@ class Session:
         )
 
     def _check_open(self) -> None:
+        """Check that the session is not closed."""
         if not self.runners:
             raise InputError(
                 "the session is closed",
                 where=str(self.bundle.folder),
                 fix="open the bundle again, and use the session within its `with` block",
             )
+
+    def _check_free(self) -> None:
+        """Check that the session is open and its graphs are not a stream's."""
+        self._check_open()
         if any(stream.uses_graphs for stream in self._streams):
             raise InputError(
                 "the session has open streams, which use its graphs",

@@ -16,8 +16,7 @@ from stts_export import Session
 from stts_export.errors import InputError
 from stts_export.live.events import LiveAnswer, LiveEnd, LiveEvent
 from stts_export.live.stream import LiveStream, merged
-from stts_export.runtime.sequences import Sequences
-from tests.helpers import random_frames
+from tests.helpers import random_frames, write_video
 from tests.live.helpers import ListSource
 
 QUESTION = "How many objects are there?"
@@ -125,10 +124,12 @@ def test_closing_ends_at_once_and_says_so(session: Session):
     assert threading.active_count() == before
 
 
-def test_a_session_with_streams_says_who_uses_it(session: Session):
+def test_a_session_with_streams_says_who_uses_it(session: Session, tmp_path: Path):
+    path = write_video(tmp_path / "clip.mp4")
     with session.stream(**FAST) as live:
         with pytest.raises(InputError, match=r"has open streams.*\n.*ask the stream"):
             session.encode(FRAMES)
+        assert len(session.read_video(path).frames) == 3  # needs no graph
         live.finish()
         assert isinstance(list(live)[-1], LiveEnd)
     assert session.encode(FRAMES[:2]).kept_windows > 0
@@ -319,7 +320,6 @@ def test_gapped_positions_of_a_window_are_checked(text_bundle: Path):
     with Session.open(text_bundle, threads=1) as session:
         manifest = dataclasses.replace(session.bundle.manifest, positions="gapped")
         session.bundle = dataclasses.replace(session.bundle, manifest=manifest)
-        session._sequences = Sequences(session.bundle, session.prompts)
         settings = {**FAST, "window": "4s", "prune_ratio": 0.9, "max_new_tokens": 300}
         for mode in ("exact", "incremental"):
             with pytest.raises(InputError, match=r"positions\n.*max_position_embeddings"):
