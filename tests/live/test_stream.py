@@ -392,11 +392,11 @@ def test_a_slow_camera_is_no_latency_of_ours(session: Session):
     with session.stream(prompt=QUESTION, every="500ms", max_new_tokens=1) as live:
         for number, frame in enumerate(frames):
             live.push(frame, float(number))
-            time.sleep(0.3)
+            time.sleep(1.0)  # what would be counted if the frame's arrival were
         live.finish()
         answers = _answers(list(live))
     assert len(answers) >= 4
-    assert all(answer.latency < 0.3 for answer in answers)
+    assert all(answer.latency < 0.9 for answer in answers)
 
 
 @pytest.mark.parametrize("mode", ["exact", "incremental"])
