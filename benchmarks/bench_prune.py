@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks`, which is not
 from benchmarks.harness import cost
 from benchmarks.harness.clips import moving_clip
 from benchmarks.harness.model import graphs, model_config
+from benchmarks.harness.tables import table
 from benchmarks.harness.timing import cpu_time, machine, summary
 from stts_export.config import ModelConfig
 from stts_export.engines import onnxruntime
@@ -511,20 +512,20 @@ def render(results: dict[str, Any]) -> str:
         f"{model['grid'][0]}x{model['grid'][1]} patches, fp32, "
         f"refill {results['settings']['refill']}",
         "",
-        *_table(
+        *table(
             "frames ratio kept computed lower_s select_ms upper_s tower_s speed-up bound of_bound "
             "prefill_s speed-up bound",
             [_tower_cells(row) for row in results["tower"]],
         ),
         "",
         "layout of the upper part, same clip and run",
-        *_table(
+        *table(
             "layout frames ratio kept computed upper_s speed-up bound of_bound tower_speed-up",
             [_layout_cells(row) for row in results["layouts"]],
         ),
         "",
         "frames per call, seconds a frame",
-        *_table(
+        *table(
             "frames_per_call lower_s upper_s",
             [
                 [
@@ -536,7 +537,7 @@ def render(results: dict[str, Any]) -> str:
         ),
         "",
         "planner: selection and plan, milliseconds of wall time",
-        *_table(
+        *table(
             "frames layout median worst_scene slowest_clip slowest_try",
             [
                 [
@@ -593,15 +594,6 @@ def _layout_cells(row: dict[str, Any]) -> list[str]:
         f"{upper['bound']:.2f}",
         f"{upper['ratio_of_bound']:.2f}",
         f"{tower['speedup']['median']:.2f}",
-    ]
-
-
-def _table(header: str, rows: list[list[str]]) -> list[str]:
-    cells = [header.split(), *rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
     ]
 
 

@@ -42,6 +42,7 @@ from benchmarks.harness.stream_measure import (
     trace_controller,
 )
 from benchmarks.harness.stream_picture import draw
+from benchmarks.harness.tables import table
 from benchmarks.harness.timing import machine
 from stts_export.files import write_json
 from stts_export.runtime.session import Session
@@ -153,7 +154,7 @@ def render(results: dict[str, Any]) -> str:
         "",
         f"question to first token and to the answer of {settings['max_new_tokens']} tokens, "
         f"prune ratio {RATIO:g}, {settings['fps']:g} frames a second, milliseconds",
-        *_table(
+        *table(
             "frames mode kept first_token low high answer vision_upper segment prefill",
             [_window_cells(row) for row in results["windows"]],
         ),
@@ -161,14 +162,14 @@ def render(results: dict[str, Any]) -> str:
         "",
         f"streams at {settings['rate']:g} frames a second each, a question every "
         f"{settings['stream_every']:g} s, windows of {settings['stream_window']} frames",
-        *_table(
+        *table(
             "streams mode encoded/s low high dropped fairness answers skipped answer_ms",
             [_stream_cells(row) for row in results["streams"]],
         ),
         "",
         f"budget {trace['budget']:.2f} s, {settings['controller_window']} frames; load: "
         f"{trace['load']['streams']} more streams; {trace['ratio_changes']} changes of the ratio",
-        *_table(
+        *table(
             "load answers skipped within share answer_ms low high ratio changes",
             [_phase_cells(phase, trace["phases"][phase]) for phase in PHASES],
         ),
@@ -225,19 +226,10 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.0f}"
 
 
-def _table(header: str, rows: list[list[str]]) -> list[str]:
-    cells = [header.split(), *rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    ]
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time live streams: first tokens, shared capacity, latency budgets.",
-        epilog="Plan for about 6 minutes of an idle machine; the first run also builds a bundle.",
+        epilog="Plan for more than 10 minutes of an idle machine; the first run also builds a bundle.",
     )
     parser.add_argument("--quick", action="store_true", help="tiny model, seconds; a smoke run")
     parser.add_argument(

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import stts_export
 from stts_export.config import (
@@ -126,10 +127,18 @@ def _fingerprint(config: ModelConfig, precision: Precision, names: Sequence[str]
 
 
 def _export(config: ModelConfig, folder: Path, precision: Precision, names: Sequence[str]) -> None:
+    from stts_export.graphs.export import export_graph
+
+    model = random_model(config)
+    for name in names:
+        export_graph(model, name, precision, folder)
+
+
+def random_model(config: ModelConfig) -> Any:
+    """Return an `SttsModel` with default weights; its scores spread as a trained scorer's do."""
     import torch
 
     from benchmarks.harness.clips import moving_clip
-    from stts_export.graphs.export import export_graph
     from stts_export.model.vlm import SttsModel
 
     torch.manual_seed(_SEED)
@@ -139,7 +148,7 @@ def _export(config: ModelConfig, folder: Path, precision: Precision, names: Sequ
     assert vision.scorer is not None
     with torch.no_grad():
         vision.embedding.positional.normal_(std=0.1)
-        # Default weights give nearly equal scores; spread them as a trained scorer does.
+        # Default weights give nearly equal scores.
         fresh = torch.arange(len(clip)) == 0
         start = torch.zeros(1, config.vision.windows, config.vision.hidden_size)
         scores, _ = vision.score(vision.before_scoring(clip), fresh, start)
@@ -147,5 +156,4 @@ def _export(config: ModelConfig, folder: Path, precision: Precision, names: Sequ
         scale = _LOGIT_SPREAD / logits.std()
         vision.scorer.w3.weight *= scale
         vision.scorer.w3.bias.copy_((vision.scorer.w3.bias - logits.mean()) * scale)
-    for name in names:
-        export_graph(model, name, precision, folder)
+    return model

@@ -61,7 +61,6 @@ class FrameStore:
         plain: bool,
     ) -> None:
         self._runner = runner
-        self._config = config
         self._plain = plain
         self._hidden, self._scores = vision.lower_buffers(runner, config, precision, slots)
         self._clip, self._clip_scores = vision.lower_buffers(runner, config, precision, longest)

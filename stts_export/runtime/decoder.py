@@ -104,7 +104,6 @@ class KVCache:
         ]
         self.length = 0
         """Tokens that are in it; lowering it takes the last ones back."""
-        self.capacity = capacity
         self._runner = runner
         self._names = names
         self._has_two = not runner.updates_in_place
