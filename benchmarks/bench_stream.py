@@ -229,7 +229,7 @@ def _ms(seconds: float) -> str:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time live streams: first tokens, shared capacity, latency budgets.",
-        epilog="Plan for more than 10 minutes of an idle machine; the first run also builds a bundle.",
+        epilog="Plan for over 10 minutes of an idle machine; the first run also builds a bundle.",
     )
     parser.add_argument("--quick", action="store_true", help="tiny model, seconds; a smoke run")
     parser.add_argument(
