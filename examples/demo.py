@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from stts_export.cli import main as stts_export
-from stts_export.training.clips import make_clip, split_seed, write_mp4
+from stts_export.training.clips import make_clip, split_seed
+from stts_export.training.rendering import write_mp4
 
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 CLIP_KINDS = ("stills", "events", "motion")

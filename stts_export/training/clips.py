@@ -1,24 +1,33 @@
 """Synthetic clips with questions whose answers are known by construction.
 
-A clip is a value: objects with a colour, a shape, a path and a time on screen, before a cluttered
-grey background. It is drawn at any size and at any times, so training draws only the sampled frames
-at model size, while tests and the demo write every frame of it into a real H.264 file.
+A clip is a value, made from its seed alone: objects with a colour, a shape, a path and a time on
+screen, before a cluttered grey background that a camera may pan over and that a cut may replace.
+`rendering` draws it at any size and at any times.
 
-Three kinds of clips exist. `stills` shows objects that rest, `events` shows objects that each
-appear for about a second, and `motion` shows one object that moves beside one that may rest.
-Answers are balanced within each kind; no answer follows from the question or the start alone.
+Three kinds of clips exist. `events` shows small objects that each flash up for one or two of the
+frames that are sampled every half second. `motion` shows one small object that crosses part of the
+frame, perhaps beside one that rests. `stills` shows large objects that stay. So what answers a
+question about `events` or `motion` is brief and small, and lost where frames or windows are dropped
+blindly, while any choice of windows serves for `stills`.
+
+Objects live in image coordinates: the camera moves what is behind them, never them. Otherwise the
+direction in which one moves would depend on what the question means, and an object could leave the
+frame. For the same reason a cut replaces the background only.
+
+Answers are balanced within each kind; no answer follows from the question alone.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
-import av
 import numpy as np
 from numpy.typing import NDArray
+
+from stts_export.errors import InputError
+from stts_export.training.examples import Question
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 40, 40),
@@ -39,11 +48,12 @@ MAX_OBJECTS = 4
 COUNTS = tuple(str(count) for count in range(1, MAX_OBJECTS + 1))
 
 KINDS = ("stills", "events", "motion")
-TYPES = ("colour", "count", "direction", "order", "shape")
+TYPES = ("colour", "count", "direction", "last", "order", "shape")
 ANSWERS: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
     "count": COUNTS,
     "direction": tuple(DIRECTIONS),
+    "last": tuple(COLOURS),
     "order": tuple(COLOURS),
     "shape": SHAPES,
 }
@@ -51,25 +61,33 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "colour": ("What colour is the {}?", "Which colour does the {} have?"),
     "count": ("How many objects are there?", "How many objects appear?"),
     "direction": ("Which direction does the {} move?", "Where does the {} move?"),
+    "last": ("Which colour came last?", "What colour is the last object?"),
     "order": ("Which came first, {} or {}?", "Which appeared first, {} or {}?"),
     "shape": ("What shape is the {} object?", "Which shape does the {} object have?"),
 }
 
 FPS = 12
 TOP_LEVEL = 2
-_DURATIONS: tuple[tuple[float, ...], ...] = ((1.5, 2.0), (2.0, 2.5, 3.0), (3.5, 4.0, 4.5))
+# What follows has one entry per level. Durations are multiples of the 0.5 s between samples.
+_DURATIONS: tuple[tuple[float, ...], ...] = (
+    (2.0, 2.5, 3.0),
+    (3.5, 4.0, 4.5),
+    (5.0, 5.5, 6.0, 6.5),
+)
 _MOST_OBJECTS = (2, 3, MAX_OBJECTS)
-# At the top level about half of the way that is free, so that most starts allow two directions.
-_TRAVEL = ((0.45, 0.6), (0.38, 0.5), (0.3, 0.4))
-# Seconds between two appearances: more than the 0.5 s between samples, so that order can be seen.
-_APART = 0.75
-# One thread, so that a seed gives the same file on every machine.
-_H264 = {"crf": "20", "preset": "veryfast", "threads": "1"}
+_CLUTTER = ((2, 4), (4, 7), (7, 12))
+_PANNED_SHARE = (0.0, 0.4, 0.6)
+_PAN = (0.0, 0.05, 0.12)
+_SHAKE = (0.0, 0.004, 0.008)
+_CUT_SHARE = (0.0, 0.25, 0.5)
+_TWO_CUTS_SHARE = 0.4
+# At least the 0.5 s between samples, so that every event is in a sampled frame.
+_EVENT_SECONDS = (0.5, 0.7)
+_MOTION_SECONDS = ((1.5, 2.0), (2.0, 2.5), (2.0, 3.0))
+_TRAVEL = ((0.48, 0.6), (0.4, 0.52), (0.32, 0.44))
+_SAMPLE_FRAMES = FPS // 2
 _SPLIT_STARTS = {"train": 0, "dev": 10**9, "test": 2 * 10**9}
 _SPLIT_SIZE = 10**9
-
-Frames = NDArray[np.uint8]
-"""RGB frames, (T, height, width, 3)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ class Thing:
     radius: float
     x: float
     y: float
-    """Centre at time 0."""
+    """Centre at `start`."""
     vx: float = 0.0
     vy: float = 0.0
     """Velocity per second; y points down."""
@@ -93,12 +111,15 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question about a clip, with its one-word answer."""
+class Shot:
+    """What the camera sees behind the objects from one cut to the next."""
 
-    type: str
-    text: str
-    answer: str
+    start: float = 0.0
+    """Seconds."""
+    pan: tuple[float, float] = (0.0, 0.0)
+    """Velocity of the camera, x and y in sides per second; the background goes the other way."""
+    clutter: int = 0
+    """Dull shapes per area of a frame."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +132,24 @@ class Clip:
     """Seconds, a multiple of one frame."""
     things: tuple[Thing, ...]
     questions: tuple[Question, ...]
+    shots: tuple[Shot, ...] = (Shot(),)
+    """At least one; ascending from time 0."""
+    shake: float = 0.0
+    """Amplitude of the camera's shaking, in fractions of the side."""
 
     @property
     def frame_count(self) -> int:
         """Frames of the file at `FPS`."""
         return round(self.duration * FPS)
+
+    @property
+    def cuts(self) -> tuple[float, ...]:
+        """Times in seconds from which another background is shown."""
+        return tuple(shot.start for shot in self.shots[1:])
+
+    def shot_at(self, time: float) -> int:
+        """Return the index of the shot that is shown at a time in seconds."""
+        return bisect_right(self.cuts, time)
 
 
 def split_seed(split: str, index: int) -> int:
@@ -124,9 +158,20 @@ def split_seed(split: str, index: int) -> int:
     Args:
         split: "train", "dev" or "test".
         index: 0 <= index < 10**9.
+
+    Raises:
+        InputError: an unknown split, or an index outside the range.
     """
+    if split not in _SPLIT_STARTS:
+        raise InputError(
+            f"unknown split {split!r}", where="split_seed", allowed=" or ".join(_SPLIT_STARTS)
+        )
     if not 0 <= index < _SPLIT_SIZE:
-        raise ValueError(f"clip index {index} is outside [0, {_SPLIT_SIZE})")
+        raise InputError(
+            f"clip index {index} is outside the split",
+            where="split_seed",
+            allowed=f"0 to {_SPLIT_SIZE - 1}",
+        )
     return _SPLIT_STARTS[split] + index
 
 
@@ -134,17 +179,53 @@ def make_clip(seed: int, *, kind: str | None = None, level: int = TOP_LEVEL) -> 
     """Make the clip that belongs to a seed.
 
     Args:
-        seed: decides everything that is not fixed by the other arguments.
+        seed: decides everything that is not fixed by the other arguments; 0 or more.
         kind: one of `KINDS`; drawn from the seed when None.
-        level: difficulty 0..`TOP_LEVEL`: longer clips, more objects.
+        level: difficulty 0..`TOP_LEVEL`: longer clips, more objects and clutter; from 1 on a share
+            of the clips has a moving camera, and a share has cuts.
+
+    Raises:
+        InputError: an unknown kind or level.
     """
+    makers = {"stills": _stills, "events": _events, "motion": _motion}
+    if kind is not None and kind not in makers:
+        raise InputError(f"unknown kind {kind!r}", where="make_clip", allowed=" or ".join(KINDS))
+    if not 0 <= level <= TOP_LEVEL:
+        raise InputError(f"level is {level}", where="make_clip", allowed=f"0 to {TOP_LEVEL}")
     rng = np.random.default_rng((seed, level))
     drawn = str(rng.choice(KINDS, p=(0.25, 0.35, 0.4)))
     kind = kind or drawn
     duration = float(rng.choice(_DURATIONS[level]))
-    make = {"stills": _stills, "events": _events, "motion": _motion}[kind]
-    things, questions = make(rng, level, duration)
-    return Clip(seed, kind, duration, tuple(things), tuple(questions))
+    things, questions = makers[kind](rng, level, duration)
+    shots, shake = _camera(rng, level, duration)
+    return Clip(seed, kind, duration, tuple(things), tuple(questions), shots, shake)
+
+
+def _camera(
+    rng: np.random.Generator, level: int, duration: float
+) -> tuple[tuple[Shot, ...], float]:
+    """Draw the shots and the amplitude of the shaking."""
+    panned = rng.random() < _PANNED_SHARE[level]
+    low, high = _CLUTTER[level]
+    shots = []
+    for start in (0.0, *_cuts(rng, level, duration)):
+        speed, angle = rng.uniform(0.4, 1.0) * _PAN[level], rng.uniform(0, 2 * np.pi)
+        pan = (float(speed * np.cos(angle)), float(speed * np.sin(angle))) if panned else (0.0, 0.0)
+        shots.append(Shot(start, pan, int(rng.integers(low, high + 1))))
+    return tuple(shots), float(rng.uniform(0.5, 1.0) * _SHAKE[level]) if panned else 0.0
+
+
+def _cuts(rng: np.random.Generator, level: int, duration: float) -> list[float]:
+    """Draw cuts between samples, half a second from the ends and a second from each other."""
+    if rng.random() >= _CUT_SHARE[level]:
+        return []
+    free = np.arange(_SAMPLE_FRAMES, round(duration * FPS) - _SAMPLE_FRAMES)
+    free = free[free % _SAMPLE_FRAMES != 0]
+    frames = [int(rng.choice(free))]
+    free = free[np.abs(free - frames[0]) >= FPS]
+    if rng.random() < _TWO_CUTS_SHARE and free.size:
+        frames.append(int(rng.choice(free)))
+    return sorted(frame / FPS for frame in frames)
 
 
 def _colours(rng: np.random.Generator, count: int) -> list[str]:
@@ -211,21 +292,19 @@ def _stills(
 def _events(
     rng: np.random.Generator, level: int, duration: float
 ) -> tuple[list[Thing], list[Question]]:
-    """Objects that appear one after the other, each for about a second."""
+    """Small objects that flash up one after the other."""
     count = int(rng.integers(1, _MOST_OBJECTS[level] + 1))
-    while 0.25 + _APART * (count - 1) + 0.6 > duration:
-        count -= 1
-    room = duration - 0.6 - _APART * (count - 1)
-    starts = np.sort(rng.uniform(0.0, room, count)) + _APART * np.arange(count)
+    lengths = rng.uniform(*_EVENT_SECONDS, count)
+    # Cutting the free time at sorted random points makes all possible starts equally likely.
+    starts = np.sort(rng.uniform(0.0, duration - lengths.sum(), count))
+    starts += np.cumsum(lengths) - lengths
     things = []
-    for colour, at, start in zip(
-        _colours(rng, count), _cells(rng, count, 0.17), starts, strict=True
-    ):
-        end = float(start + rng.uniform(0.6, 1.1))
-        radius = float(rng.uniform(0.14, 0.2))
-        shape = str(rng.choice(SHAPES))
-        things.append(_thing(rng, colour, shape, radius, at, shown=(float(start), end)))
-    questions = [_ask(rng, "count", str(count))]
+    for colour, start, length in zip(_colours(rng, count), starts, lengths, strict=True):
+        radius = float(rng.uniform(0.10, 0.15))
+        x, y = (float(value) for value in rng.uniform(radius, 1 - radius, 2))
+        shown = (float(start), float(start + length))
+        things.append(_thing(rng, colour, str(rng.choice(SHAPES)), radius, (x, y), shown=shown))
+    questions = [_ask(rng, "count", str(count)), _ask(rng, "last", things[-1].colour)]
     for first in range(count):
         for second in range(first + 1, count):
             pair = [things[first].colour, things[second].colour]
@@ -237,21 +316,31 @@ def _events(
 def _motion(
     rng: np.random.Generator, level: int, duration: float
 ) -> tuple[list[Thing], list[Question]]:
-    """One object that moves, and at the higher levels perhaps one that rests."""
-    direction = str(rng.choice(list(DIRECTIONS)))
-    sign = np.array(DIRECTIONS[direction])
-    radius = float(rng.uniform(0.13, 0.17))
-    travel = sign * rng.uniform(*_TRAVEL[level])
-    low = np.maximum(radius, radius - travel)
-    high = np.minimum(1 - radius, 1 - radius - travel)
-    start = rng.uniform(low, high)
+    """One small object that comes, moves and goes, and from level 1 on perhaps one that rests."""
+    radius = float(rng.uniform(0.11, 0.14))
+    travel = float(rng.uniform(*_TRAVEL[level]))
+    possible: list[str] = []
+    # From every start there is room for two directions or more, and one of them is drawn, so that a
+    # start makes none of them likelier than one half.
+    while len(possible) < 2:
+        begin = rng.uniform(radius, 1 - radius, 2)
+        possible = [
+            name
+            for name, sign in DIRECTIONS.items()
+            if np.all(np.abs(begin + travel * np.array(sign) - 0.5) <= 0.5 - radius)
+        ]
+    direction = str(rng.choice(possible))
+    way = travel * np.array(DIRECTIONS[direction])
+    length = float(rng.uniform(*_MOTION_SECONDS[level]))
+    start = float(rng.uniform(0.0, duration - length))
     colours = _colours(rng, 2)
     shapes = [str(shape) for shape in rng.permutation(SHAPES)]
-    speed = travel / duration
-    mover = _thing(rng, colours[0], shapes[0], radius, (start[0], start[1]), (speed[0], speed[1]))
+    at, move = (float(begin[0]), float(begin[1])), (float(way[0]), float(way[1]))
+    speed = (move[0] / length, move[1] / length)
+    mover = _thing(rng, colours[0], shapes[0], radius, at, speed, (start, start + length))
     things = [mover]
     if level > 0 and rng.random() < 0.5:
-        rest = _resting_place(rng, start, start + travel, radius)
+        rest = _resting_place(rng, begin, begin + way, radius)
         if rest is not None:
             things.append(_thing(rng, colours[1], shapes[1], rest[2], (rest[0], rest[1])))
     names = [mover.shape, f"{mover.colour} object", f"{mover.colour} {mover.shape}"]
@@ -274,134 +363,3 @@ def _resting_place(
         if np.abs(np.array((x, y)) - nearest).max() > 1.05 * (own + radius):
             return float(x), float(y), own
     return None
-
-
-def _distance(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Signed distance (negative inside) in units of the radius; dx, dy likewise."""
-    if shape == "circle":
-        return np.hypot(dx, dy) - np.float32(1.0)
-    if shape == "square":
-        return np.maximum(np.abs(dx), np.abs(dy)) - np.float32(0.9)
-    # Upright triangle: base at +0.85, apex at -1.0, half the base 1.05.
-    slope = np.float32(1.05 / 1.85)
-    side = (np.abs(dx) - slope * (dy + np.float32(1.0))) / np.hypot(np.float32(1.0), slope)
-    return np.maximum(side, dy - np.float32(0.85))
-
-
-def _coverage(
-    thing: Thing, time: float, size: int
-) -> tuple[slice, slice, NDArray[np.float32]] | None:
-    """Return (rows, columns, coverage 0..1) of a thing on a square image, or None if unseen."""
-    if not thing.start <= time < thing.end:
-        return None
-    x = (thing.x + thing.vx * time) * size
-    y = (thing.y + thing.vy * time) * size
-    radius = thing.radius * size
-    reach = 1.15 * radius + 1
-    top, bottom = max(0, int(y - reach)), min(size, int(y + reach) + 1)
-    left, right = max(0, int(x - reach)), min(size, int(x + reach) + 1)
-    if top >= bottom or left >= right:
-        return None
-    dy = ((np.arange(top, bottom, dtype=np.float32) + 0.5 - y) / radius)[:, None]
-    dx = ((np.arange(left, right, dtype=np.float32) + 0.5 - x) / radius)[None, :]
-    cover = np.clip(0.5 - _distance(thing.shape, dx, dy) * radius, 0.0, 1.0)
-    return slice(top, bottom), slice(left, right), cover.astype(np.float32)
-
-
-def _background(seed: int, size: int) -> NDArray[np.float32]:
-    """Draw the still background, (size, size, 3): a grey gradient and a few dim rectangles."""
-    rng = np.random.default_rng((seed, 7))
-    tint = rng.uniform(-6, 6, 3).astype(np.float32)
-    slope = rng.uniform(-25, 25, 2).astype(np.float32)
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-    grey = np.float32(rng.uniform(60, 105)) + slope[0] * axis[:, None] + slope[1] * axis[None, :]
-    for _ in range(int(rng.integers(3, 8))):
-        corner, extent = rng.uniform(-0.1, 0.9, 2), rng.uniform(0.08, 0.4, 2)
-        top, left = np.maximum(0, np.round(corner * size)).astype(int)
-        bottom, right = np.round((corner + extent) * size).astype(int)
-        grey[top : max(top, bottom), left : max(left, right)] += np.float32(rng.uniform(-22, 22))
-    return grey[..., None] + tint
-
-
-def frame_times(clip: Clip, times: Sequence[float]) -> list[float]:
-    """Return the start of the file frame that is on screen at each sampled time, in seconds."""
-    last = clip.frame_count - 1
-    return [min(last, int(time * FPS + 1e-6)) / FPS for time in times]
-
-
-def render(clip: Clip, times: Sequence[float], size: int) -> Frames:
-    """Draw the clip at the given times (seconds) as (T, size, size, 3) RGB."""
-    background = _background(clip.seed, size)
-    frames = np.empty((len(times), size, size, 3), dtype=np.uint8)
-    for index, time in enumerate(times):
-        canvas = background.copy()
-        for thing in clip.things:
-            drawn = _coverage(thing, time, size)
-            if drawn is not None:
-                rows, columns, cover = drawn
-                patch = canvas[rows, columns]
-                patch += cover[..., None] * (np.array(thing.rgb, np.float32) - patch)
-        frames[index] = np.clip(np.round(canvas), 0, 255).astype(np.uint8)
-    return frames
-
-
-def degrade(frames: Frames, rng: np.random.Generator) -> Frames:
-    """Add what a camera and an encoder leave in frames: a change of exposure, and noise."""
-    gain = np.float32(rng.uniform(0.93, 1.07))
-    offset = np.float32(rng.uniform(-6, 6))
-    noise = rng.standard_normal(frames.shape, dtype=np.float32) * np.float32(rng.uniform(0.5, 4))
-    return np.clip(np.round(frames * gain + offset + noise), 0, 255).astype(np.uint8)
-
-
-class WindowContents(NamedTuple):
-    """What each window of each frame shows, (T, W) each; 0 is background.
-
-    A window shows the object that covers most of it, if that is at least a fifth of its area.
-    """
-
-    colour: NDArray[np.int64]
-    """1 + index into `COLOURS`."""
-    shape: NDArray[np.int64]
-    """1 + index into `SHAPES`."""
-    motion: NDArray[np.int64]
-    """1 + index into `DIRECTIONS`; 0 for what rests."""
-
-
-def window_contents(
-    clip: Clip, times: Sequence[float], window_grid: tuple[int, int]
-) -> WindowContents:
-    """Say what the windows of the clip's frames at `times` (seconds) show."""
-    rows, columns = window_grid
-    fine = 6 * max(rows, columns)
-    areas = np.zeros((len(times), len(clip.things) + 1, rows * columns), np.float32)
-    areas[:, 0] = 0.2
-    for frame, time in enumerate(times):
-        for index, thing in enumerate(clip.things, start=1):
-            drawn = _coverage(thing, time, fine)
-            if drawn is not None:
-                plane = np.zeros((fine, fine), np.float32)
-                plane[drawn[0], drawn[1]] = drawn[2]
-                tiles = plane.reshape(rows, fine // rows, columns, fine // columns)
-                areas[frame, index] = tiles.mean((1, 3)).reshape(-1)
-    winner = areas.argmax(1)
-    names, moves = list(COLOURS), list(DIRECTIONS.values())
-    colour = np.array([0, *(names.index(thing.colour) + 1 for thing in clip.things)])
-    shape = np.array([0, *(SHAPES.index(thing.shape) + 1 for thing in clip.things)])
-    signs = [(int(np.sign(thing.vx)), int(np.sign(thing.vy))) for thing in clip.things]
-    motion = np.array([0, *(moves.index(sign) + 1 if sign in moves else 0 for sign in signs)])
-    return WindowContents(colour[winner], shape[winner], motion[winner])
-
-
-def write_mp4(clip: Clip, path: Path, *, size: int = 240) -> None:
-    """Write the clip as an H.264 file of size x size pixels (even) at `FPS` frames a second."""
-    frames = render(clip, [index / FPS for index in range(clip.frame_count)], size)
-    rng = np.random.default_rng((clip.seed, 11))
-    grain = rng.normal(0, 2, (*frames.shape[:3], 1)).round().astype(np.int16)
-    frames = np.clip(frames + grain, 0, 255).astype(np.uint8)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=_H264)
-        stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
