@@ -12,14 +12,13 @@ import av
 import numpy as np
 import pytest
 
-from stts_export import __version__, cli, progress
+from stts_export import __version__, progress
 from stts_export.cli import main
 from stts_export.cli.common import size_in_bytes
 from stts_export.errors import InputError
 from stts_export.runtime import overlay, vision
 from stts_export.runtime.session import Session
 from stts_export.runtime.writing import png_bytes
-from stts_export.training import evaluation
 from tests.helpers import prompt_ids, random_frames
 from tests.standins.fixtures import install_cuda
 
@@ -313,38 +312,6 @@ def test_bad_options_of_building_from_a_bundle(
 )
 def test_sizes_of_memory(text: str, size: int):
     assert size_in_bytes(text, "--memory-limit") == size
-
-
-def test_eval_refuses_ratios_that_are_no_numbers(small_bundle: Path, capsys):
-    assert main(["eval", str(small_bundle), "--prune-ratio", "a"]) == 1
-    assert "prune ratios 'a'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("output", ["/proc/x/r.json", "."])
-def test_eval_checks_first_where_it_will_write(
-    small_bundle: Path, capsys, monkeypatch: pytest.MonkeyPatch, output: str
-):
-    monkeypatch.setattr(evaluation, "evaluate", None)
-    assert main(["eval", str(small_bundle), "-o", output]) == 1
-    assert f"{output}: cannot be written" in capsys.readouterr().err
-
-
-def test_eval_prints_before_it_writes(
-    small_bundle: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
-):
-    def full(path: Path, values: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"rows": []})
-    output = tmp_path / "new" / "r.json"
-    arguments = ["eval", str(small_bundle), "--json", "-o", str(output)]
-    assert main(arguments) == 0
-    assert json.loads(output.read_text()) == json.loads(capsys.readouterr().out)
-    monkeypatch.setattr(cli.eval, "write_json", full)
-    assert main(arguments) == 1
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["rows"] == []
-    assert "No space left on device" in printed.err
 
 
 @pytest.mark.parametrize(
