@@ -24,7 +24,8 @@ SPEED = ROOT / "benchmarks" / "results" / "bench_prune_cpu.json"
 ENGINES = ROOT / "benchmarks" / "results" / "engine_build_cpu.json"
 FULL_SIZE = ROOT / "benchmarks" / "results" / "full_size_4b.json"
 STREAM = ROOT / "benchmarks" / "results" / "bench_stream_cpu.json"
-TYPES = ("colour", "count", "direction", "order", "shape", "all")
+TYPES = ("colour", "count", "direction", "last", "order", "shape", "all")
+SELECTORS = {"stts": "scored", "all windows": "all"}
 
 
 def accuracy_table() -> str:
@@ -34,7 +35,7 @@ def accuracy_table() -> str:
     lines = [f"| prune ratio | windows | {' | '.join(TYPES)} |", "|---|---|" + "---|" * len(TYPES)]
     for row in results["rows"]:
         ratio, chosen = row["prune_ratio"], row["selector"]
-        name = {"stts": "scored", "random": "random"}[chosen] if ratio else "all"
+        name = SELECTORS.get(chosen, chosen)
         cells = " | ".join(f"{row['accuracy'][kind]:.2f}" for kind in TYPES)
         lines.append(f"| {ratio:g} | {name} | {cells} |")
     chance = " | ".join(f"{results['chance'][kind]:.2f}" for kind in TYPES[:-1])
@@ -46,10 +47,11 @@ def accuracy_table() -> str:
         f"H.264 clips, {results['precision']} bundle; `{results['command']}` on "
         f"{results['machine']}."
     )
+    config = made["config"]
     lines.append(
-        f"{made['parameters'] / 1e6:.1f} M parameters, trained for "
-        f"{made['training_seconds'] / 60:.0f} minutes with seed {made['seed']} on "
-        f"{made['threads']} thread of {made['machine']}."
+        f"{made['parameters'] / 1e6:.1f} M parameters; {made['steps']} steps from "
+        f"`{config['start']['checkpoint']}` in {made['training_seconds'] / 60:.0f} minutes, seed "
+        f"{made['seed']}, {made['threads']} thread of {made['machine']}."
     )
     return "\n".join(lines)
 

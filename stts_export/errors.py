@@ -52,6 +52,12 @@ class InputError(SttsError):
     exit_code = 1
 
 
+class TrainingError(SttsError):
+    """A training run cannot go on: a loss or a gradient is not finite."""
+
+    exit_code = 1
+
+
 class VerificationError(SttsError):
     """What was built does not agree with what it was built from."""
 

@@ -37,7 +37,6 @@ def save_checkpoint(model: SttsModel, folder: Path, dtype: torch.dtype = torch.f
         folder: created when missing.
         dtype: type of the stored weights.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = [
         StoredTensor(
             checkpoint_name(name),
@@ -48,10 +47,31 @@ def save_checkpoint(model: SttsModel, folder: Path, dtype: torch.dtype = torch.f
         )
         for name, parameter in model.named_parameters()
     ]
+    save_tensors(tensors, model.config, folder, dtype)
+
+
+def save_tensors(
+    tensors: Sequence[StoredTensor],
+    config: ModelConfig,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write what `save_checkpoint` does, from tensors wherever they are.
+
+    Args:
+        tensors: by their names in the checkpoint; each is loaded once, in this order.
+        config: its `extra` becomes `config.json`.
+        folder: created when missing.
+        dtype: type of the stored weights.
+
+    Raises:
+        InputError: a tensor has values that are no numbers or do not fit into `dtype`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / SINGLE) as unfinished:
         _write_file(unfinished, tensors, dtype, lambda name: None)
     with whole(folder / "config.json") as unfinished:
-        unfinished.write_text(config_text(model.config), encoding="utf-8")
+        unfinished.write_text(config_text(config), encoding="utf-8")
 
 
 def written_tensors(checkpoint: Checkpoint) -> list[StoredTensor]:

@@ -38,8 +38,8 @@ _VERBS: tuple[tuple[str, str, ModuleType], ...] = (
     ("verify", "Compare a bundle with its checkpoint.", verify),
     ("estimate", "Tell the memory and disk that a build and a session will need.", estimate),
     ("doctor", "Show what this machine has, what it can do, and how to close gaps.", doctor),
-    ("train", "Train a model on synthetic clips.", train),
-    ("eval", "Measure a bundle's accuracy on held-out clips.", eval),
+    ("train", "Train or fine-tune a model with pruning inside the vision transformer.", train),
+    ("eval", "Measure the accuracy of a bundle or a checkpoint by prune ratio and selector.", eval),
 )
 """Verb, summary, and the module with its `options` and `run`."""
 

@@ -46,6 +46,18 @@ class DecoderBlock(nn.Module):
         self.ff_proj = nn.Linear(width, 2 * config.intermediate_size, bias=False)
         self.ff_out = nn.Linear(config.intermediate_size, width, bias=False)
 
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor,
+        write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        rotate: Rotate,
+    ) -> Tensor:
+        """Map `x` (N, L, C) to (N, L, C); see `attend`."""
+        x = x + self.attend(self.attn_norm(x), rotary, mask, write, rotate)
+        return x + self.feed_forward(self.ff_norm(x))
+
     def attend(
         self,
         x: Tensor,
@@ -62,7 +74,12 @@ class DecoderBlock(nn.Module):
         q = rotate(self.q_norm(q).transpose(1, 2), *rotary).to(dtype)
         k = rotate(self.k_norm(k).transpose(1, 2), *rotary).to(dtype)
         k, v = write(k, v.transpose(1, 2))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
+        grouped = heads != kv_heads
+        if grouped and q.is_cuda:
+            # With a mask, no fused kernel takes keys of fewer heads there.
+            k, v = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (k, v))
+            grouped = False
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return self.attn_out(out.transpose(1, 2).flatten(2))
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -127,13 +144,11 @@ class Decoder(nn.Module):
         """Run all blocks and the final norm on embeddings (N, L, C); returns (N, L, C)."""
         rotary = self.rotary(positions)
         for index, block in enumerate(self.blocks):
-            assert isinstance(block, DecoderBlock)
 
             def write_layer(k: Tensor, v: Tensor, layer: int = index) -> tuple[Tensor, Tensor]:
                 return write(layer, k, v)
 
-            x = x + block.attend(block.attn_norm(x), rotary, mask, write_layer, rotate)
-            x = x + block.feed_forward(block.ff_norm(x))
+            x = block(x, rotary, mask, write_layer, rotate)
         return self.norm(x).to(x.dtype)
 
     def forward(
