@@ -123,7 +123,7 @@ class SourceSettings:
         other = (
             ("level_steps", "easier_share")
             if self.kind == "file"
-            else ("layout", "media", "allow_missing")
+            else ("layout", "media", "split", "allow_missing")
         )
         _require_unset(self, other, "", f"it has no effect on kind: {self.kind}")
         _require(self.allow_missing >= 0, "allow_missing", self.allow_missing, "0 or more")

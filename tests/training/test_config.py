@@ -117,6 +117,10 @@ def test_every_value_survives_the_way_through_plain_data(tmp_path: Path):
         ("output: x\ndev: {clips: 0}", "dev.clips is 0"),
         ("output: x\ndev: {prune_ratio: 1.0}", "dev.prune_ratio is 1.0"),
         ("output: x\noptim: {steps: 0}", "optim.steps is 0"),
+        (f"output: x\noptim: {{eps: 1{'0' * 400}}}", "a number"),
+        ("output: x\nseed: 50", "others draw the same clips"),
+        ("output: x\nmodel: {patch_size: 0}", "model.patch_size is 0"),
+        ("output: x\ndata: {sources: [{split: train}]}", "no effect on kind: synthetic"),
         ("output: x\noptim: {gradient_clip: 0}", "gradient_clip is 0"),
         ("output: x\noptim: {final_share: 2}", "final_share is 2"),
         (

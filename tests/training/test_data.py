@@ -208,3 +208,17 @@ def test_processes_share_the_dev_clips(start: Start, dataset: Path, of_file: boo
     np.testing.assert_array_equal(first.clip.frames, whole.examples[1].clip.frames)
     questions = [q.type for example in whole.examples for q in example.questions]
     assert whole.types == tuple(sorted(set(questions)))
+
+
+def test_questions_about_one_video_are_one_example(start: Start, dataset: Path, tmp_path: Path):
+    lines = [
+        {"video": str(dataset / "0.mp4"), "question": f"Number {i}?", "answer": str(i)}
+        for i in range(3)
+    ]
+    file = tmp_path / "same.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = small_run(data=_data(SourceSettings("file", path=str(file), max_questions=2)))
+    questions = read_questions(config)
+    make = example_maker(config, start, questions)
+    asked = {tuple(q.answer for q in make(position).questions) for position in range(12)}
+    assert asked == {("0", "1"), ("0", "2"), ("1", "2")}

@@ -111,6 +111,13 @@ def test_steps_lower_the_losses(tmp_path: Path):
     assert shown[15]["answer_loss"] < 0.8 * shown[6]["answer_loss"]
 
 
+def test_clips_of_one_frame_have_no_scores_to_log(tmp_path: Path):
+    trainer = _trainer(tmp_path, data={"max_frames": 1})
+    (shown,) = _steps(trainer, 1)
+    assert not {name for name in shown if name.startswith("score_")}
+    assert np.isfinite(shown["loss"])
+
+
 def test_the_loss_is_the_sum_of_its_weighted_parts(tmp_path: Path):
     trainer = _trainer(tmp_path, pruning={"similarity_coefficient": 3.0}, labels={"steps": 0})
     (shown,) = _steps(trainer, 1)
