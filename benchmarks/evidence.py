@@ -1,6 +1,6 @@
 """The paper's claims in miniature: trains, examines and times what `docs/results.md` shows.
 
-    python benchmarks/evidence.py --base runs/demo-base -o benchmarks/results/evidence.json
+    python benchmarks/evidence.py --base examples/demo_base --seeds 2,3,4 -o results.json
     python docs/update_results.py
 
 The first command takes hours, and goes on where it stopped when it is given again. Each run uses

@@ -71,18 +71,19 @@ def _introduction(evidence: Evidence) -> str:
     base = results["base"]
     config = results["config"]
     shared = "each seed has a base of its own" if base["from_scratch"] else "all share one base"
-    made = "was given"
+    made = ""
     if base["training"]["steps"]:
         length = base["training"]["training_seconds"] / 60
-        made = f"was trained from scratch for {base['training']['steps']} steps"
-        made += f" ({length:.0f} minutes) with nothing removed"
+        made = f" Its last {base['training']['steps']} steps took {length:.0f} minutes."
     minutes = [run["training_seconds"] / 60 for run in results["runs"]]
     paragraphs = (
         "Written by `python docs/update_results.py` from what `benchmarks/evidence.py` measured "
         "(`benchmarks/results/evidence.json`). No number and no verdict here is typed; "
         "`benchmarks/README.md` says how to measure it all again.",
-        "The paper's protocol in miniature. A base without a scorer, which sees and answers, "
-        f"{made}. From it every variant is fine-tuned for {config['optim']['steps']} steps with a "
+        "The paper's protocol in miniature. A base sees and answers, and no score was ever trained "
+        "for it: the shipped `examples/demo_base` was trained without pruning and then while "
+        "random windows were missing (`configs/demo-pretrained.yaml`, `configs/demo-base.yaml`)."
+        f"{made} From it every variant is fine-tuned for {config['optim']['steps']} steps with a "
         f"fresh scorer, in {min(minutes):.1f} to {max(minutes):.1f} minutes of one thread, once "
         f"for each of {len(evidence.seeds)} seeds ({_listed(evidence.seeds)}); {shared}. Then it "
         f"answers {settings['questions']} questions about {settings['clips']} clips of the test "

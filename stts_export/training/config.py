@@ -192,7 +192,7 @@ class DevSettings:
             _require(getattr(self, name) >= 1, f"dev.{name}", getattr(self, name), "1 or more")
         _require(0 <= self.prune_ratio < 1, "dev.prune_ratio", self.prune_ratio, "[0, 1)")
         if not self.path:
-            _require_unset(self, ("layout", "media"), "dev.", "dev.path is")
+            _require_unset(self, ("layout", "media", "split"), "dev.", "dev.path is")
 
 
 @dataclass(frozen=True)

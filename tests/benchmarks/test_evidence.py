@@ -27,7 +27,13 @@ from benchmarks.harness.evidence_run import Settings, run
 from benchmarks.harness.evidence_stats import Evidence
 from stts_export.errors import InputError
 from stts_export.training.checkpoint_answerer import open_checkpoint_answerer
-from stts_export.training.config import DataSettings, DevSettings, OptimSettings, TrainConfig
+from stts_export.training.config import (
+    DataSettings,
+    DevSettings,
+    OptimSettings,
+    StartSettings,
+    TrainConfig,
+)
 from stts_export.training.evaluation import evaluate
 from stts_export.training.exam import synthetic_exam
 from stts_export.training.loop import train
@@ -112,7 +118,7 @@ def write_step(run: Path, step: int, config: TrainConfig, *, state: bool = False
     if state:
         (run / "state" / f"step{step}").mkdir(parents=True)
         return
-    if config.start.checkpoint:
+    if config.start.checkpoint and not run.parent.name.startswith("base"):
         (run / f"step{step}").mkdir(parents=True)
     else:
         small_folder(run / f"step{step}", scorer=config.model.scorer)
@@ -276,7 +282,9 @@ def test_from_scratch_every_seed_has_its_own_base(settings: Settings):
     first = replace(unpruned, model=replace(SHAPE, scorer=False))
     second = with_overrides(CONFIG, {"start.checkpoint": "replaced", "pruning.selector": "random"})
     workers = MadeUp()
-    both = replace(settings, base=None, base_configs=(first, second))
+    start = StartSettings(checkpoint="replaced", fresh_scorer=True)
+    fresh = replace(settings.config, start=start)
+    both = replace(settings, config=fresh, base=None, base_configs=(first, second))
     results = run(both, workers, "", _quiet)
     trained = [name for name, _ in workers.trained][:4]
     assert trained == ["base1-seed1", "base2-seed1", "base1-seed2", "base2-seed2"]
