@@ -78,14 +78,6 @@ def clip_example(
     )
 
 
-def dev_examples(
-    vision: VisionConfig, clips: int, max_frames: int, prune_ratio: float, level: int = TOP_LEVEL
-) -> list[Example]:
-    """Return clips of the dev split with all their questions; always the same."""
-    made = [make_clip(split_seed("dev", index), level=level) for index in range(clips)]
-    return [clip_example(clip, clip.questions, vision, max_frames, prune_ratio) for clip in made]
-
-
 def labelled_frames(
     vision: VisionConfig, seed: int, step: int, count: int, rank: int = 0, world: int = 1
 ) -> LabelledFrames:

@@ -15,7 +15,6 @@ from stts_export.training.rendering import write_mp4
 from stts_export.training.synthetic import (
     SyntheticSource,
     clip_example,
-    dev_examples,
     labelled_frames,
 )
 from tests.training.conftest import Core
@@ -119,17 +118,6 @@ def test_a_clip_looks_as_its_file_does(core: Core, tmp_path: Path):
     assert drawn.contents.colour.shape == (5, 9)
     again = clip_example(clip, clip.questions, core.model.config.vision, 5)
     _assert_equal(replace(again, prune_ratio=0.5), drawn)
-
-
-def test_dev_clips_are_always_the_same_and_of_their_own_split(core: Core):
-    vision = core.model.config.vision
-    examples = dev_examples(vision, 3, 4, 0.6)
-    assert [_seed(example) for example in examples] == [split_seed("dev", i) for i in range(3)]
-    assert all(example.prune_ratio == 0.6 for example in examples)
-    for example in examples:
-        assert example.questions == make_clip(_seed(example), level=TOP_LEVEL).questions
-    for one, other in zip(dev_examples(vision, 2, 4, 0.6), examples, strict=False):
-        _assert_equal(one, other)
 
 
 def test_processes_share_the_single_frames_of_a_step(core: Core):
