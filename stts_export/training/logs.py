@@ -257,7 +257,7 @@ def progress_line(
 def _warn_of_missing_curves(error: ImportError) -> None:
     print(
         f"TensorBoard gets no curves, only {LOG_FILE} is written: {error}\n"
-        "  fix: pip install 'stts-export[train]'",
+        "  fix: pip install 'stts-export[tensorboard]'",
         file=sys.stderr,
     )
 

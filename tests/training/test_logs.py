@@ -241,7 +241,7 @@ def test_without_tensorboard_it_says_so_once_and_writes_the_log(tmp_path, no_ten
         log.picture(2, tmp_path / "absent.png")
     told = capsys.readouterr().err
     assert told.count("TensorBoard gets no curves") == 1
-    assert "pip install 'stts-export[train]'" in told
+    assert "pip install 'stts-export[tensorboard]'" in told
     assert len(_strict_lines(tmp_path)) == 2
     assert os.listdir(tmp_path) == [LOG_FILE]
 
