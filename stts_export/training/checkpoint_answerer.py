@@ -382,7 +382,9 @@ def open_checkpoint_answerer(
     torch.set_num_threads(before if threads is None else as_integer(threads, "threads"))
     try:
         model = model_from_checkpoint(opened).to(place)
-        yield CheckpointAnswerer(model, prompts, max_frames, max_fps=video.max_fps, images=images)
+        yield CheckpointAnswerer(
+            model, prompts, max_frames, max_fps=video.max_fps, images=images, refill=refill
+        )
     finally:
         torch.set_num_threads(before)
 

@@ -21,7 +21,11 @@ from stts_export.runtime.planner import n_prune
 from stts_export.runtime.prompt import VideoTokens, kept_positions
 from stts_export.runtime.video import VideoClip
 from stts_export.training.answerers import Answerer, BundleAnswerer, encode, open_answerer
-from stts_export.training.checkpoint_answerer import CheckpointAnswerer, CheckpointTower
+from stts_export.training.checkpoint_answerer import (
+    CheckpointAnswerer,
+    CheckpointTower,
+    open_checkpoint_answerer,
+)
 from stts_export.training.selectors import SELECTORS, Selection, select_windows
 from tests.helpers import picture, random_model, write_video
 
@@ -120,9 +124,10 @@ def test_the_tower_gives_what_the_model_gives(
 
 
 def test_without_refill_the_tower_gives_what_the_model_gives_without(
-    model: SttsModel, torch_one: Answerer, clip: VideoClip
+    model: SttsModel, checkpoint: Path, clip: VideoClip
 ):
-    tower = CheckpointAnswerer(model, torch_one.prompts, 8, refill=False).tower(clip)
+    with open_checkpoint_answerer(checkpoint, threads=1, refill=False) as answerer:
+        tower = answerer.tower(clip)
     selection = select_windows("stts", tower.shape, 40, scores=tower.scores())
     with torch.no_grad():
         keep = torch.from_numpy(selection.keep)
