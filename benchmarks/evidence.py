@@ -20,6 +20,7 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks`, which is not installed
 
+from benchmarks.harness.evidence_extend import Held
 from benchmarks.harness.evidence_jobs import Processes
 from benchmarks.harness.evidence_plan import ExamSize, chosen_variants
 from benchmarks.harness.evidence_run import BASE_CONFIGS, Settings, run
@@ -51,8 +52,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--seeds", default="1,2,3", help="comma separated (1,2,3)")
     parser.add_argument(
-        "--variants", help="comma separated, main among them; all but two if absent"
+        "--variants",
+        help="comma separated, main among them unless --extend has it; all but two if absent",
     )
+    parser.add_argument(
+        "--extend", type=Path, metavar="RESULTS",
+        help="JSON of an earlier command: what it holds is kept, these variants are added; "
+        "main and speed are not repeated. -o may name the same file",
+    )  # fmt: skip
     parser.add_argument(
         "--work", type=Path, default=Path("runs/evidence"),
         help="folder of runs and clips; what is finished in it is not done again (runs/evidence)",
@@ -75,18 +82,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _settings(args: argparse.Namespace) -> Settings:
     names = None if args.variants is None else args.variants.split(",")
+    extends = None if args.extend is None else Held.read(args.extend)
     return Settings(
         config=TrainConfig.from_file(args.config),
         config_name=str(args.config),
         work=args.work,
         seeds=_seeds(args.seeds),
-        variants=tuple(chosen_variants(names)),
+        variants=tuple(chosen_variants(names, with_main=extends is None)),
         base=args.base,
         base_configs=tuple(map(TrainConfig.from_file, args.base_config))
         if args.from_scratch
         else (),
         exam=ExamSize(args.questions, args.clips),
         jobs=args.jobs,
+        extends=extends,
     )
 
 

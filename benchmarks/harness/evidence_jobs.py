@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from benchmarks.harness.evidence_plan import Examination, Training, digest
+from benchmarks.harness.evidence_plan import Examination, Training, changed_keys, digest, flat
 from stts_export.errors import InputError, SttsError
 from stts_export.files import json_object, write_json
 from stts_export.training.folders import step_folders
@@ -138,8 +138,7 @@ def claim(training: Training) -> None:
     """
     file = training.folder / "identity.json"
     if file.exists():
-        before, now = _flat(json_object(file)), _flat(training.identity)
-        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        changed = changed_keys(flat(json_object(file)), flat(training.identity))
         if changed:
             raise InputError(
                 f"holds a run with another {', '.join(changed)}",
@@ -154,14 +153,6 @@ def claim(training: Training) -> None:
         )
     else:
         write_json(file, training.identity)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
-    return flat
 
 
 def is_trained(training: Training) -> bool:

@@ -142,9 +142,7 @@ class Training:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes it this run and no other, wherever its files lie; plain values for JSON."""
-        values = plain(self.config.to_dict())
-        del values["output"], values["start"]["checkpoint"]
-        return {"config": values, "base": self.base}
+        return {"config": without_places(self.config.to_dict()), "base": self.base}
 
 
 @dataclass(frozen=True)
@@ -185,16 +183,41 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
+def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration's plain values without those that say where files lie."""
+    values = plain(config)
+    del values["output"], values["start"]["checkpoint"]
+    return values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found.update(flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return found
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name what two mappings do not have in common; what one lacks is None."""
+    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+
+
 def digest(values: Mapping[str, Any]) -> str:
     """Return twelve digits that stand for plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def chosen_variants(names: Sequence[str] | None) -> list[Variant]:
+def chosen_variants(names: Sequence[str] | None, *, with_main: bool = True) -> list[Variant]:
     """Return the variants of these names in their order of `VARIANTS`; the default ones for None.
 
+    Args:
+        names: of variants.
+        with_main: whether `main` has to be among them.
+
     Raises:
-        InputError: there is no such variant, or `main` is not among them.
+        InputError: there is no such variant, or `main` is not among them and has to be.
     """
     if names is None:
         return [variant for variant in VARIANTS.values() if variant.default]
@@ -205,11 +228,11 @@ def chosen_variants(names: Sequence[str] | None) -> list[Variant]:
                 where="--variants",
                 allowed=", ".join(VARIANTS),
             )
-    if MAIN not in names:
+    if with_main and MAIN not in names:
         raise InputError(
             f"{MAIN} is not among the variants",
             where="--variants",
-            fix=f"add it: all others are compared with {MAIN}",
+            fix=f"add it: all others are compared with {MAIN}; or --extend results that have it",
         )
     return [variant for name, variant in VARIANTS.items() if name in names]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from benchmarks.harness.evidence_captions import additions, caption
 from benchmarks.harness.evidence_claims import (
     CLEAR,
     TRAINED,
@@ -84,9 +84,10 @@ def _introduction(evidence: Evidence) -> str:
         "for it: the shipped `examples/demo_base` was trained without pruning and then while "
         "random windows were missing (`configs/demo-pretrained.yaml`, `configs/demo-base.yaml`)."
         f"{made} From it every variant is fine-tuned for {config['optim']['steps']} steps with a "
-        f"fresh scorer, in {min(minutes):.1f} to {max(minutes):.1f} minutes of one thread, once "
-        f"for each of {len(evidence.seeds)} seeds ({_listed(evidence.seeds)}); {shared}. Then it "
-        f"answers {settings['questions']} questions about {settings['clips']} clips of the test "
+        f"fresh scorer, in {min(minutes):.1f} to {max(minutes):.1f} minutes of one thread (wall "
+        f"time, whatever else the machine did), once for each of {len(evidence.seeds)} seeds "
+        f"({_listed(evidence.seeds)}); {shared}. Then it answers "
+        f"{settings['questions']} questions about {settings['clips']} clips of the test "
         "split: H.264 files, read by the runtime's own reader, other ones for each seed. Training "
         "and tuning see the train and dev splits only; nothing was chosen by results on the test "
         "split.",
@@ -134,7 +135,7 @@ def _by_ratio(evidence: Evidence) -> str:
         "The models trained with learned scores, asked with each selector; accuracy in per cent.",
         _picture(evidence, "ratio", "Accuracy against prune ratio, a line for each selector"),
         _table(["prune ratio", "windows of a clip", *_quoted(SELECTORS)], rows),
-        _caption(evidence, "± is half of the 95 % t interval over seeds."),
+        caption(evidence, "± is half of the 95 % t interval over seeds."),
     )
 
 
@@ -159,26 +160,28 @@ def _by_type(evidence: Evidence) -> str:
         "By type of question",
         _picture(evidence, "types", "Accuracy against prune ratio for each type of question"),
         *parts,
-        _caption(evidence, "Per cent; ± is half of the 95 % t interval over seeds."),
+        caption(evidence, "Per cent; ± is half of the 95 % t interval over seeds."),
     )
 
 
 def _differences(evidence: Evidence) -> str:
-    rows = []
+    rows, shown = [], {MAIN}
     for ratio in RATIOS_SHOWN:
         ours = Setting(MAIN, ratio, STTS)
         for words, other in _rivals(ratio):
             if evidence.has(ours, other):
+                shown.add(other.variant)
                 found = evidence.difference(ours, other)
                 rows.append([f"{ratio:g}", words, *_difference_cells(found)])
     return _section(
         "Differences, question by question",
         f"How much more often `{MAIN}` with its learned scores is right, in points.",
         _table(["prune ratio", "against", "difference", "95 %", "by seed"], rows),
-        _caption(
+        caption(
             evidence,
             "Both sides answer the same questions. 95 % by a bootstrap over the clips of each "
             "seed; it does not contain what other seeds would change, which `by seed` hints at.",
+            shown,
         ),
     )
 
@@ -222,7 +225,7 @@ def _scaling(evidence: Evidence) -> str:
             ["frames at most", "prune ratio", "windows of a clip", "accuracy, %", "gain", "95 %"],
             rows,
         ),
-        _caption(
+        caption(
             evidence, "± as above; the gain is over the unpruned row above it, in points, paired."
         ),
     )
@@ -264,11 +267,12 @@ def _yaml(value: object) -> str:
 def _variants_section(
     evidence: Evidence, title: str, words: str, rows: Sequence[tuple[str, str, str]]
 ) -> str:
-    cells = []
+    cells, shown = [], {MAIN}
     for label, variant, selector in rows:
         settings = [Setting(variant, ratio, selector) for ratio in (0.0, *RATIOS_SHOWN)]
         if not evidence.has(*settings):
             continue
+        shown.add(variant)
         shares = [percent(evidence.accuracy(setting)) for setting in settings]
         against = ["", ""]
         if variant != MAIN:
@@ -286,10 +290,11 @@ def _variants_section(
         title,
         words,
         _table(["", *(f"at {ratio}" for ratio in ratios), *against], cells),
-        _caption(
+        caption(
             evidence,
             "Accuracy in per cent, ± as above; differences in points with the 95 % interval of "
             "the paired bootstrap.",
+            shown,
         ),
     )
 
@@ -353,9 +358,9 @@ def _runs(evidence: Evidence) -> str:
     return _section(
         "Training runs",
         _table(["variant", "steps", "minutes", "dev prune ratio", "dev accuracy by seed, %"], rows),
-        f"{len(evidence.results['runs'])} runs, mean minutes; dev accuracy by teacher forcing with "
-        f"the run's own selector. One thread each of {'; '.join(machines)}; "
-        f"`{evidence.results['command']}`.",
+        f"{len(evidence.results['runs'])} runs, mean minutes of wall time; dev accuracy by teacher "
+        f"forcing with the run's own selector. One thread each of {'; '.join(machines)}; "
+        f"`{evidence.results['command']}`.{additions(evidence, evidence.variants)}",
     )
 
 
@@ -381,17 +386,6 @@ def _picture(evidence: Evidence, name: str, words: str) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _caption(evidence: Evidence, words: str) -> str:
-    results: Mapping[str, Any] = evidence.results
-    computer = results["machine"]
-    return (
-        f"{words} {evidence.questions} questions about {evidence.clips} clips in all, "
-        f"{len(evidence.seeds)} seeds; PyTorch {results['torch']}, {results['settings']['dtype']}, "
-        f"{computer['cpu']}, "
-        f"{computer['cores']} cores; `{results['command']}`."
-    )
 
 
 def _quoted(names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import evidence_jobs as jobs
+from benchmarks.harness.evidence_extend import Held
 from benchmarks.harness.evidence_jobs import Say, Unit, Workers
 from benchmarks.harness.evidence_plan import (
     MAIN,
@@ -25,6 +26,7 @@ from benchmarks.harness.evidence_plan import (
     plain,
     training,
 )
+from benchmarks.harness.evidence_work import exam_of
 from benchmarks.harness.timing import machine
 from stts_export.checkpoint import open_checkpoint
 from stts_export.errors import InputError
@@ -37,6 +39,7 @@ from stts_export.training.exam import ALL
 from stts_export.training.selectors import SELECTORS
 
 BASE_CONFIGS = (Path("configs/demo-pretrained.yaml"), Path("configs/demo-base.yaml"))
+_OF_EXAMINATION = ("max_frames", "dtype")
 _OF_TRAINING = ("steps", "examples", "training_seconds", "dev_accuracy", "machine", "torch")
 
 
@@ -58,13 +61,16 @@ class Settings:
     scaling: bool = True
     jobs: int = 1
     speed_repeats: int = 20
+    extends: Held | None = None
+    """Results that the variants are added to."""
 
 
 def run(settings: Settings, workers: Workers, command: str, say: Say) -> dict[str, Any]:
     """Do everything that is not done yet; returns what `-o` writes.
 
     Raises:
-        InputError: the base, a configuration or the work folder is at fault.
+        InputError: the base, a configuration or the work folder is at fault, or does not go with
+            the results that are extended.
         JobError: a run failed.
         KeyboardInterrupt: what was begun is saved.
     """
@@ -75,6 +81,8 @@ def run(settings: Settings, workers: Workers, command: str, say: Say) -> dict[st
     first += [_base_unit(runs, workers, say) for runs in bases.values()]
     jobs.do_all("test clips and bases", first, settings.jobs, workers, say)
     starts = {seed: _start(settings, bases, seed) for seed in settings.seeds}
+    if settings.extends is not None:
+        settings.extends.check_bases({seed: sha256 for seed, (_, sha256) in starts.items()})
     runs = {
         (variant.name, seed): training(
             variant, settings.config, seed, *starts[seed], work=settings.work
@@ -100,32 +108,57 @@ def run(settings: Settings, workers: Workers, command: str, say: Say) -> dict[st
         key: [jobs.examine(one, clips, workers) for one in examined]
         for key, examined in asked.items()
     }
-    speed = _speed(settings, runs[MAIN, settings.seeds[0]], clips, workers, say)
-    return {
-        "benchmark": "evidence",
-        "command": command,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(),
-        "torch": version("torch"),
-        "settings": _described(settings, found),
-        "config": plain(settings.config.to_dict()),
-        "base": _base_described(settings, starts),
+    added: dict[str, list[Any]] = {
         "runs": [_run_described(*key, one) for key, one in runs.items()],
         "same_as_main": [
             one.name for one in settings.variants if changes_nothing(one, settings.config)
         ],
-        "exams": {
-            str(seed): [" ".join(clip) for clip in found[MAIN, seed][0]["asked"]]
-            for seed in settings.seeds
-        },
-        "chance": found[MAIN, settings.seeds[0]][0]["chance"],
         "evaluations": [
             _evaluation(variant, examined, result)
             for (variant, _), examineds in asked.items()
             for examined, result in zip(examineds, found[variant, _], strict=True)
         ],
+    }
+    made = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine(),
+        "torch": version("torch"),
+    }
+    if settings.extends is not None:
+        return _extended(settings, settings.extends, added, made, found)
+    speed = _speed(settings, runs[MAIN, settings.seeds[0]], clips, workers, say)
+    return {
+        "benchmark": "evidence",
+        **made,
+        "settings": _described(settings, found),
+        "config": plain(settings.config.to_dict()),
+        "base": _base_described(settings, starts),
+        "runs": added["runs"],
+        "same_as_main": added["same_as_main"],
+        "exams": {
+            str(seed): [" ".join(clip) for clip in found[MAIN, seed][0]["asked"]]
+            for seed in settings.seeds
+        },
+        "chance": found[MAIN, settings.seeds[0]][0]["chance"],
+        "evaluations": added["evaluations"],
         "speed": speed,
     }
+
+
+def _extended(
+    settings: Settings,
+    held: Held,
+    added: Mapping[str, Sequence[Any]],
+    made: Mapping[str, Any],
+    found: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """Add what was found to earlier results, once it is known to fit them."""
+    for results in found.values():
+        held.check_settings({key: results[0][key] for key in _OF_EXAMINATION})
+    held.check_windows(added["evaluations"])
+    variants = [one.name for one in settings.variants]
+    return held.extended(added, {**made, "clips_code": _clips_code(), "variants": variants})
 
 
 def _bases(settings: Settings) -> dict[int, list[Training]]:
@@ -139,13 +172,31 @@ def _bases(settings: Settings) -> dict[int, list[Training]]:
 
 def _check(settings: Settings, bases: Mapping[int, Sequence[Training]]) -> None:
     """Refuse, before any work, what would fail later."""
+    if settings.extends is not None:
+        _check_extended(settings, settings.extends)
     if not bases:
-        _start(settings, bases, settings.seeds[0])
+        _, sha256 = _start(settings, bases, settings.seeds[0])
+        if settings.extends is not None:
+            settings.extends.check_bases(dict.fromkeys(settings.seeds, sha256))
     for variant in settings.variants:
         training(variant, settings.config, 1, Path("base"), "", settings.work)
     for runs in bases.values():
         for base in runs:
             jobs.claim(base)
+
+
+def _check_extended(settings: Settings, held: Held) -> None:
+    held.check_variants([one.name for one in settings.variants])
+    held.check_settings(_asked(settings))
+    held.check_config(settings.config.to_dict())
+    exams = {
+        str(seed): [
+            " ".join(question.type for question in item.questions)
+            for item in exam_of({"seed": seed, "exam": asdict(settings.exam)}).items
+        ]
+        for seed in settings.seeds
+    }
+    held.check_clips(exams, _clips_code())
 
 
 def _start(
@@ -174,8 +225,13 @@ def _start(
 
 def _clips_folder(work: Path) -> Path:
     """Folder of the test clips, named after the code that draws them."""
+    return work / f"clips-{_clips_code()}"
+
+
+def _clips_code() -> str:
+    """Twelve digits that stand for the code that draws test clips."""
     sources = [Path(str(module.__file__)) for module in (clips_module, rendering_module)]
-    return work / f"clips-{jobs.digest_of_files(sources)}"
+    return jobs.digest_of_files(sources)
 
 
 def _clips_unit(settings: Settings, seed: int, clips: Path, workers: Workers) -> Unit:
@@ -244,13 +300,17 @@ def _described(
 ) -> dict[str, Any]:
     return {
         "config": settings.config_name,
-        "seeds": list(settings.seeds),
-        **asdict(settings.exam),
-        **{key: found[MAIN, settings.seeds[0]][0][key] for key in ("max_frames", "dtype")},
-        "ratios": list(RATIOS),
+        **_asked(settings),
+        **{key: found[MAIN, settings.seeds[0]][0][key] for key in _OF_EXAMINATION},
         "selectors": list(SELECTORS),
         "scaling": [list(one) for one in SCALING] if settings.scaling else [],
+        "clips_code": _clips_code(),
     }
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    """What decides which questions are asked, and with how much removed."""
+    return {"seeds": list(settings.seeds), **asdict(settings.exam), "ratios": list(RATIOS)}
 
 
 def _base_described(settings: Settings, starts: Mapping[int, tuple[Path, str]]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks import evidence
 from benchmarks.harness import evidence_work
+from benchmarks.harness.evidence_extend import Held
 from benchmarks.harness.evidence_jobs import JobError, Processes, Unit, do_all
 from benchmarks.harness.evidence_plan import (
     MAIN,
@@ -19,6 +21,7 @@ from benchmarks.harness.evidence_plan import (
     VARIANTS,
     ExamSize,
     chosen_variants,
+    plain,
     training,
     with_overrides,
 )
@@ -78,6 +81,8 @@ class MadeUp:
         self.stopped = False
         self.failing = ""
         self.last_step = STEPS
+        self.windows = (27, 54)
+        self.max_frames = 3
 
     def train(self, config: Path, run: Path, *, resume: bool, log: Path) -> None:
         name = run.parent.name
@@ -90,20 +95,25 @@ class MadeUp:
     def work(self, task: Mapping[str, Any], log: Path) -> dict[str, Any]:
         self.worked.append(dict(task))
         if task["kind"] == "examine":
+            items = evidence_work.exam_of(task).items
+            asked = [[question.type for question in item.questions] for item in items]
+            count = sum(map(len, asked))
+            kept, total = self.windows
             rows = [
                 {
                     "prune_ratio": ratio,
                     "selector": name if ratio else "all windows",
-                    "kept_windows": 27,
-                    "total_windows": 54,
-                    "right": {"all": 2},
-                    "marks": "101",
+                    "kept_windows": kept,
+                    "total_windows": total,
+                    "right": {"all": 1},
+                    "marks": "1".ljust(count, "0"),
                 }
                 for ratio in task["ratios"]
                 for name in (task["selectors"] if ratio else [""])
             ]
-            asked = [["count", "order"], ["count"]]
-            known = {"chance": {"count": 0.25}, "max_frames": 3, "dtype": "float32"}
+            known = {
+                "chance": {"count": 0.25}, "max_frames": self.max_frames, "dtype": "float32",
+            }  # fmt: skip
             return {"rows": rows, "asked": asked, **known}
         if task["kind"] == "speed":
             return {"repeats": 1, "frames": [3], "rows": []}
@@ -397,6 +407,210 @@ def test_processes_that_are_stopped_end_and_no_more_begin(tmp_path: Path, base: 
     assert list((tmp_path / "run" / "state").glob("step*")), log.read_text()
     with pytest.raises(JobError, match="was not begun"):
         work()
+
+
+Results = dict[str, Any]
+NEW = tuple(chosen_variants(["refill-off"], with_main=False))
+
+
+@pytest.fixture
+def first(settings: Settings) -> Results:
+    """Results of main and unpruned alone."""
+    variants = tuple(chosen_variants(["main", "unpruned"]))
+    return run(replace(settings, variants=variants), MadeUp(), "the first", _quiet)
+
+
+def held(results: Results, folder: Path) -> Held:
+    file = folder / "results.json"
+    file.write_text(json.dumps(results))
+    return Held.read(file)
+
+
+def test_an_extension_is_what_one_command_for_all_would_have_found(
+    settings: Settings, first: Results, tmp_path: Path
+):
+    workers = MadeUp()
+    elsewhere = replace(settings, work=tmp_path / "elsewhere", variants=NEW)
+    both = run(replace(elsewhere, extends=held(first, tmp_path)), workers, "the second", _quiet)
+    assert {name for name, _ in workers.trained} == {"refill-off-seed1", "refill-off-seed2"}
+    assert {task["kind"] for task in workers.worked} == {"clips", "examine"}
+    at_once = run(settings, MadeUp(), "the first", _quiet)
+    for made in (both, at_once):
+        del made["date"], made["machine"]
+    extensions = both.pop("extensions")
+    assert both == at_once
+    assert [(one["command"], one["variants"]) for one in extensions] == [
+        ("the second", ["refill-off"])
+    ]
+    assert all(extensions[0][key] for key in ("date", "machine", "torch"))
+
+
+def test_extensions_follow_each_other_and_one_may_be_main_itself(
+    settings: Settings, first: Results, tmp_path: Path
+):
+    second = replace(settings, variants=NEW, extends=held(first, tmp_path))
+    results = run(second, MadeUp(), "the second", _quiet)
+    same = (replace(VARIANTS["aux-0"], overrides={"pruning.similarity_coefficient": 10.0}),)
+    third = replace(settings, variants=same, extends=held(results, tmp_path))
+    workers = MadeUp()
+    both = run(third, workers, "the third", _quiet)
+    assert workers.trained == []
+    assert [one["command"] for one in both["extensions"]] == ["the second", "the third"]
+    assert both["same_as_main"] == ["aux-0"]
+    with pytest.raises(InputError, match="holds aux-0 already"):
+        run(replace(third, extends=held(both, tmp_path)), workers, "", _quiet)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"seeds": (1, 3)}, r"seeds is \[1, 3\]\n  allowed: seeds \[1, 2\], as in the results"),
+        ({"exam": ExamSize(5, 3)}, "questions is 5\n  allowed: questions 6"),
+        ({"exam": ExamSize(6, 2, 1)}, "clips is 2; level is 1\n"),
+        ({"config": CONFIG}, "similarity_coefficient is 0.5\n  allowed: .* 10.0,"),
+        ({"variants": tuple(VARIANTS.values())}, "holds main, unpruned already\n  .*: random, "),
+    ],
+)
+def test_an_extension_that_does_not_fit_is_refused_before_any_work(
+    settings: Settings, first: Results, tmp_path: Path, asked: dict[str, Any], message: str
+):
+    workers = MadeUp()
+    more = replace(settings, variants=NEW, extends=held(first, tmp_path))
+    with pytest.raises(InputError, match=f"^--extend .*results.json: .*{message}"):
+        run(replace(more, **asked), workers, "", _quiet)
+    assert (workers.trained, workers.worked) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("settings", "ratios", [0.0, 0.4], r"ratios is \[0.0, 0.3, .*\n  allowed: .*0.4\]"),
+        ("settings", "clips_code", "other", "the test clips of seed 1, 2 are not those"),
+        ("exams", "2", ["count", "order", "last"], "the test clips of seed 2 are not those"),
+        ("base", "sha256", {"1": 64 * "0"}, "sha256 of the base of seed 1 is .{12}; .*: .* 0{12};"),
+        ("config", "threads", 7, "threads is 0\n  allowed: threads 7"),
+    ],
+)
+def test_results_of_other_clips_or_another_base_are_not_extended(
+    settings: Settings, first: Results, tmp_path: Path,
+    part: str, key: str, value: object, message: str,
+):  # fmt: skip
+    workers = MadeUp()
+    before = held(first, tmp_path)
+    other = Held(before.file, {**first, part: {**first[part], key: value}}, (), before.windows)
+    with pytest.raises(InputError, match=f"(?s)^--extend .*{message}"):
+        run(replace(settings, variants=NEW, extends=other), workers, "", _quiet)
+    assert (workers.trained, workers.worked) == ([], [])
+
+
+def test_clips_of_before_their_code_was_written_down_are_told_by_what_was_asked(
+    settings: Settings, first: Results, tmp_path: Path
+):
+    del first["settings"]["clips_code"]
+    more = replace(settings, variants=NEW, extends=held(first, tmp_path))
+    results = run(more, MadeUp(), "", _quiet)
+    assert "clips_code" not in results["settings"]
+    results["extensions"][0]["clips_code"] = "other"
+    aux = tuple(chosen_variants(["aux-0"], with_main=False))
+    more = replace(settings, variants=aux, extends=held(results, tmp_path))
+    with pytest.raises(InputError, match="the test clips of seed 1, 2 are not those"):
+        run(more, MadeUp(), "", _quiet)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": (27, 55)}, "27 of 55 windows were kept .*\n  allowed: 27 of 54"),
+        ({"windows": (26, 54)}, "26 of 54 windows were kept .*\n  allowed: 27 of 54"),
+        ({"max_frames": 4}, "max_frames is 4\n  allowed: max_frames 3"),
+    ],
+)
+def test_answers_about_other_windows_are_not_added(
+    settings: Settings, first: Results, tmp_path: Path, change: dict[str, Any], message: str
+):
+    workers = MadeUp()
+    vars(workers).update(change)
+    more = replace(settings, variants=NEW, extends=held(first, tmp_path))
+    with pytest.raises(InputError, match=message):
+        run(more, workers, "", _quiet)
+
+
+def test_bases_trained_anew_are_held_against_the_results(settings: Settings, tmp_path: Path):
+    unpruned = with_overrides(CONFIG, {"pruning.full_share": 1.0, "dev.prune_ratio": 0.0})
+    scratch = replace(unpruned, model=replace(SHAPE, scorer=False))
+    fresh = replace(settings.config, start=StartSettings(checkpoint="replaced", fresh_scorer=True))
+    first = replace(
+        settings, config=fresh, base=None, base_configs=(scratch,),
+        variants=tuple(chosen_variants(["main"])),
+    )  # fmt: skip
+    results = run(first, MadeUp(), "", _quiet)
+    more = replace(first, variants=NEW, extends=held(results, tmp_path))
+    assert run(more, MadeUp(), "", _quiet)["extensions"]
+    results["base"]["sha256"]["2"] = 64 * "0"
+    more = replace(more, work=tmp_path / "elsewhere", extends=held(results, tmp_path))
+    workers = MadeUp()
+    with pytest.raises(InputError, match="sha256 of the base of seed 2 is"):
+        run(more, workers, "", _quiet)
+    assert [name for name, _ in workers.trained] == ["base1-seed1", "base1-seed2"]
+
+
+def test_the_command_extends_its_own_file_whole_or_not_at_all(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    workers = MadeUp()
+    monkeypatch.setattr(evidence, "Processes", lambda: workers)
+    file = tmp_path / "results.json"
+
+    def command(output: str, *words: str) -> int:
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(plain({**CONFIG.to_dict(), "output": output})))
+        given = ["--base", str(base), "--config", str(config), "--seeds", "1,2",
+                 "--questions", "6", "--clips", "3", "--work", str(tmp_path / "work")]  # fmt: skip
+        return evidence.main([*given, "-o", str(file), *words])
+
+    assert command("here", "--variants", "main") == 0
+    before = file.read_bytes()
+    extend = ("--variants", "refill-off,aux-0", "--extend", str(file))
+    workers.failing = "refill-off-seed2"
+    assert command("there", *extend) == 1
+    assert file.read_bytes() == before
+    workers.failing = ""
+    assert command("there", *extend) == 0
+    results = json.loads(file.read_text())
+    assert results["command"] == json.loads(before)["command"]
+    assert results["extensions"][0]["variants"] == ["aux-0", "refill-off"]
+    assert f"--extend {file}" in results["extensions"][0]["command"]
+    assert Evidence(results).variants == ("main", "aux-0", "refill-off")
+    after = file.read_bytes()
+    capsys.readouterr()
+    assert command("there", *extend) == 1
+    assert "holds aux-0, refill-off already" in capsys.readouterr().err
+    assert file.read_bytes() == after
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "no such file"),
+        ({"benchmark": "stream"}, "is not of benchmarks/evidence.py"),
+        ({"config": {}}, "is damaged, or of another version: KeyError('output')"),
+        ({"date": None}, "is damaged: see date"),
+        ({"runs": []}, "is damaged: see runs"),
+        ({"exams": {}}, "is damaged, or of another version: KeyError('1')"),
+        ({"exams": {"1": [], "2": []}}, "do not fit the questions of seed 1"),
+    ],
+)
+def test_what_is_not_results_is_not_extended(
+    first: Results, tmp_path: Path, change: dict[str, Any] | None, message: str
+):
+    file = tmp_path / "results.json"
+    if change is not None:
+        file.write_text(json.dumps({**first, **change}))
+    with pytest.raises(InputError) as refused:
+        Held.read(file)
+    assert message in refused.value.message
+    assert refused.value.where == f"--extend {file}"
 
 
 class InThisProcess:

@@ -290,6 +290,31 @@ def test_every_table_is_whole_and_names_command_and_machine(results):
             assert "a processor" in section.split("\n|")[-1], section[:60]
 
 
+def test_what_was_added_later_stands_with_its_command_where_it_is_shown():
+    results = made_up(seeds=(1,), scaling=False)
+    assert "another machine" not in report(Evidence(results))
+    for run in results["runs"]:
+        if run["variant"] == "refill-off":
+            run["machine"] = "another processor"
+    computer = {**results["machine"], "cpu": "another processor"}
+    more = {
+        "command": "python benchmarks/evidence.py --extend it", "date": "2026-12-01",
+        "machine": computer, "torch": "2.14", "variants": ["refill-off"],
+    }  # fmt: skip
+    sections = report(Evidence({**results, "extensions": [more]})).split("\n## ")
+    added = (
+        "Added on 2026-12-01: `refill-off`; PyTorch 2.14, another processor, 2 cores; "
+        "`python benchmarks/evidence.py --extend it`."
+    )
+    assert [one.split("\n")[0] for one in sections if added in one] == [
+        "Ablations",
+        "Training runs",
+    ]
+    elsewhere = "Trained on another machine than `main`: `refill-off`."
+    assert [one.split("\n")[0] for one in sections if elsewhere in one] == ["Ablations"]
+    assert elsewhere not in report(Evidence(made_up()))
+
+
 def test_what_is_not_there_is_listed_as_not_run():
     evidence = Evidence(made_up(variants=("main", "random"), scaling=False))
     text = report(evidence)
