@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from stts_export._version import __version__
 from stts_export.build_folder import (
+    CALIBRATION_FOLDER,
     LOCK,
+    NUMERICS,
     STAMP,
     check_apart,
     check_name,
     check_paths,
+    keep_graphs_of,
     locked,
     prepare,
     publish,
@@ -33,7 +36,9 @@ from stts_export.bundle import (
     GRAPH_FOLDER,
     MANIFEST,
     POSITIONS,
+    REPORT_FOLDER,
     Bundle,
+    Judged,
     Limits,
     Manifest,
     Positions,
@@ -41,6 +46,9 @@ from stts_export.bundle import (
     list_files,
     sha256,
 )
+from stts_export.calibration.formats import check_formats, needs_engines
+from stts_export.calibration.layers import Numerics
+from stts_export.calibration.recipe import Recipe
 from stts_export.chat_template import check_chat_template
 from stts_export.config import ModelConfig
 from stts_export.engines import tensorrt, tensorrt_rtx
@@ -72,7 +80,7 @@ from stts_export.tensors import (
     DECOMPOSED,
     FIXED,
     MAX_CROPS,
-    PRECISIONS,
+    KvCache,
     Precision,
     graph_file,
     graph_specs,
@@ -85,6 +93,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_BYTES = 2**63 - 1
+_LEFT_OUT = (STAMP, LOCK, CALIBRATION_FOLDER, NUMERICS)
+_REPORTS = f"{REPORT_FOLDER}/quantization"
+"""Beginning of the names of what `judge` writes."""
 
 _EXPORTER = (
     "torch", "safetensors", "onnx", "onnxscript", "onnx_ir", "ml_dtypes", "onnxruntime",
@@ -103,8 +114,9 @@ tensors that are written, of how many), called while its weights are written."""
 class BuildSpec:
     """What to build."""
 
-    precision: Precision | None = None
-    """fp32 when None; a bundle's own when built from a bundle."""
+    precision: str | None = None
+    """Name of a recipe, such as fp16 or int8, or a YAML file; see `calibration.Recipe.load`. fp32
+    when None; a bundle's own when built from a bundle."""
     max_frames: int | None = None
     """Longest clip in frames; the checkpoint's own `num_frames`, or 64, when None."""
     max_tokens: int | None = None
@@ -112,8 +124,10 @@ class BuildSpec:
     and temporary results have this length, only what the longest clip needs if that is less."""
     min_prune_ratio: float | None = None
     """Lowest ratio that the bundle accepts; 0, or a bundle's own, when None."""
-    backends: tuple[str, ...] = (ONNXRUNTIME,)
-    """The first is what the bundle runs on by default. ONNX Runtime is always among the targets."""
+    backends: tuple[str, ...] | None = None
+    """The first is what the bundle runs on by default. ONNX Runtime is always among the targets,
+    unless it has no kernels for the precision. ONNX Runtime alone, or, where it has none, graphs
+    that engines are to be built from elsewhere, when None."""
     targets: tuple[str, ...] = ()
     """GPUs to build engines for, such as sm89; this machine's when empty."""
     memory_limit: int | None = None
@@ -122,19 +136,28 @@ class BuildSpec:
     """See `engines.plugin.find_plugin`."""
     positions: Positions | None = None
     """Of tokens after pruning, see `bundle.Positions`; compact, or a bundle's own, when None."""
+    calibration: Path | None = None
+    """Folder with scales for the recipe, as `calibrate` writes it; they are found when None."""
+    clips: Path | None = None
+    """What to calibrate and judge on, see `calibration.open_clip_set`."""
+    auto: str | None = None
+    """Device to find a recipe for, see `calibration.search.recipe_for_target`."""
 
     def __post_init__(self) -> None:
-        if self.precision not in (None, *PRECISIONS):
-            raise InputError(
-                f"precision {self.precision!r}", where="build", allowed=" or ".join(PRECISIONS)
-            )
+        for name, given in (("precision", self.precision), ("calibration", self.calibration)):
+            if self.auto is not None and given is not None:
+                raise InputError(
+                    f"{name} {given} and auto {self.auto}",
+                    where="build",
+                    allowed="one of them: auto finds a recipe, and its scales",
+                )
         if self.positions not in (None, *POSITIONS):
             raise InputError(
                 f"positions {self.positions!r}", where="build", allowed=" or ".join(POSITIONS)
             )
-        if not self.backends:
+        if self.backends is not None and not self.backends:
             raise InputError("no back end", where="build", allowed=" or ".join(BACKENDS))
-        for backend in self.backends:
+        for backend in self.chosen_backends:
             if backend not in BACKENDS:
                 raise InputError(
                     f"back end {backend!r}", where="build", allowed=" or ".join(BACKENDS)
@@ -152,6 +175,11 @@ class BuildSpec:
             )
         self._check_engine_options()
 
+    @property
+    def chosen_backends(self) -> tuple[str, ...]:
+        """The back ends, each once."""
+        return tuple(dict.fromkeys(self.backends or (ONNXRUNTIME,)))
+
     def _check_engine_options(self) -> None:
         """Refuse options that no back end would use."""
         engines = {TENSORRT, TENSORRT_RTX}
@@ -161,9 +189,9 @@ class BuildSpec:
             ("plugin", self.plugin, {TENSORRT}),
         )
         for name, value, users in given:
-            if value and not users & set(self.backends):
+            if value and not users & set(self.chosen_backends):
                 raise InputError(
-                    f"{name} {value} is of no use to {', '.join(self.backends)}",
+                    f"{name} {value} is of no use to {', '.join(self.chosen_backends)}",
                     where="build",
                     fix=f"add --backend {' or '.join(sorted(users))}, or leave it out",
                 )
@@ -217,6 +245,7 @@ def bundle_from_checkpoint(
                 fix="to add engines to it, use `bundle_from_bundle`",
             )
         _check_exporter()
+        from stts_export.calibration import building as applied
         from stts_export.checkpoint import check_tensors, open_checkpoint
 
         source = open_checkpoint(checkpoint, revision=revision, tokenizer=tokenizer)
@@ -226,14 +255,29 @@ def bundle_from_checkpoint(
         with source.config_folder() as folder:
             images = image_preprocessing(folder, source.config.vision)
         limits = _limits(source, spec)
-        plan = _plan(source.config, spec.precision or "fp32", limits, spec, images)
+        if spec.auto is not None:  # all that can be refused before a search
+            _plan(source.config, Recipe.load("fp16"), limits, spec, images)
+        precision = applied.precision_for_build(source, spec, limits, output, on_plan, on_progress)
+        recipe = precision.recipe
+        plan = _plan(source.config, recipe, limits, spec, images)
+        if not plan.manifest_targets:
+            log.warning(
+                "ONNX Runtime has no kernels for %s: the bundle has graphs only, for `stts-export "
+                "build BUNDLE --backend ...` on the machine that engines are for",
+                recipe.name,
+            )
     with readable_disk_errors(source.folder, partial):
         check_apart(output, [source.folder, *source.files], "checkpoint")
         _check_fits(partial, plan, on_plan, tied=source.looks_tied, exported=False)
 
+        numerics = Numerics(recipe.base)
+
         def fill(begin: Callable[[str], None]) -> None:
+            nonlocal numerics
             try:
-                graphs_from_checkpoint(source, partial, plan.precision, begin, on_progress)
+                numerics = precision.numerics(partial, begin, on_progress)
+                keep_graphs_of(partial, numerics.digest())
+                graphs_from_checkpoint(source, partial, numerics, begin, on_progress)
             except Exception:  # of weights that were replaced under it, anything
                 source.check_unchanged(stats)
                 raise
@@ -241,11 +285,36 @@ def bundle_from_checkpoint(
 
         def manifest() -> Manifest:
             source.check_unchanged(stats)
-            return _manifest(source, partial, plan, spec.positions or "compact")
+            made = _manifest(source, partial, plan, spec.positions or "compact", numerics)
+            if recipe.gates is None:
+                return made
+            # What is left by an interrupted build must not pass for a bundle without gates.
+            return replace(made, judged=Judged(False, ("not judged yet",)))
 
-        stamp = {**_fingerprint(spec, plan), "exporter": _exporter_versions(), "files": stats}
-        stages = [f"{stage}{_EXPORT}" for stage in _export_stages(source, plan.precision)]
-        work = _Work(output, partial, plan, stamp, stages, fill, manifest)
+        def judge(begin: Callable[[str], None], made: Manifest) -> Manifest:
+            if recipe.gates is None:
+                return made
+            begin(applied.JUDGE)
+            report = precision.judge(partial, numerics, on_progress)
+            if not report.passed and (output.exists() or not force):
+                raise applied.missed_gates(report, output, partial, force=force)
+            for check in report.missed():
+                log.warning("written by force: %s", check.line())
+            files = list_files(partial, ignore=_LEFT_OUT)
+            return replace(made, judged=precision.judged(report), files=files)
+
+        stamp = {
+            **_fingerprint(spec, plan),
+            "exporter": _exporter_versions(),
+            "files": stats,
+            "recipe": recipe.to_dict(),
+        }
+        names = _export_stages(source, recipe.base, recipe.kv_cache)
+        stages = [f"{stage}{_EXPORT}" for stage in names]
+        stages = [*precision.stages_before(), *stages]
+        work = _Work(
+            output, partial, plan, stamp, stages, fill, manifest, precision.stages_after(), judge
+        )
         _run(work, force, on_stage, on_progress)
     return output
 
@@ -286,7 +355,7 @@ def bundle_from_bundle(
         check_apart(output, [bundle], "bundle")
         check_paths(output, force)
         source = Bundle.open(bundle)
-        if set(spec.backends) == {ONNXRUNTIME}:
+        if spec.chosen_backends == (ONNXRUNTIME,):
             raise InputError(
                 "nothing to build: a bundle runs on ONNX Runtime as it is",
                 where=str(bundle),
@@ -294,7 +363,8 @@ def bundle_from_bundle(
             )
         limits = _narrowed(source, spec)
         images = image_preprocessing(source.folder / CONFIG_FOLDER, source.config.vision)
-        plan = _plan(source.config, source.manifest.precision, limits, spec, images, bundle)
+        recipe = Recipe.from_dict(source.manifest.recipe, str(bundle))
+        plan = _plan(source.config, recipe, limits, spec, images, bundle)
         files = _copied_files(source)
         stored = files[f"{GRAPH_FOLDER}/{DECODER}/{DATA_FILE}"]["size"]
         tied = looks_tied(source.config, plan.precision, stored)
@@ -306,7 +376,10 @@ def bundle_from_bundle(
 
         def manifest() -> Manifest:
             made = _manifest_of_copy(source, partial, files, plan)
-            return replace(made, positions=spec.positions or made.positions)
+            positions = spec.positions or made.positions
+            lowest = source.manifest.limits.min_prune_ratio
+            is_same = (positions, limits.min_prune_ratio) == (made.positions, lowest)
+            return replace(made, positions=positions, judged=made.judged if is_same else None)
 
         stamp = {**_fingerprint(spec, plan), "files": files}
         work = _Work(output, partial, plan, stamp, [_COPY], fill, manifest)
@@ -323,11 +396,16 @@ class _Plan:
     """What is built, with nothing left open."""
 
     config: ModelConfig
-    precision: Precision
+    recipe: Recipe
     limits: Limits
     targets: tuple[Target, ...]
     manifest_targets: tuple[str, ...]
     memory_limit: int | None
+
+    @property
+    def precision(self) -> Precision:
+        """Of the graphs' inputs and outputs."""
+        return self.recipe.base
 
     @property
     def engines(self) -> EngineSpec:
@@ -353,36 +431,48 @@ class _Work:
     fill: Callable[[Callable[[str], None]], None]
     """Write graphs and configuration; gets what to call when a stage begins."""
     manifest: Callable[[], Manifest]
+    stages_after: Sequence[str] = ()
+    """After the engines."""
+    judge: Callable[[Callable[[str], None], Manifest], Manifest] | None = None
+    """Called when all is there, with what to call when a stage begins and the manifest; returns
+    the final one, or raises what keeps the bundle from being published."""
 
 
 def _plan(
     config: ModelConfig,
-    precision: Precision,
+    recipe: Recipe,
     limits: Limits,
     spec: BuildSpec,
     images: ImagePreprocessing,
     bundle: Path | None = None,
 ) -> _Plan:
     """Find out before the work whether every target can be built."""
-    if set(spec.backends) != {ONNXRUNTIME}:
+    if spec.chosen_backends != (ONNXRUNTIME,):
         limits = _engine_limits(config, limits, spec)
         _check_crops(images)
     targets: list[Target] = []
     names: list[str] = []
-    for backend in dict.fromkeys(spec.backends):
+    for backend in spec.chosen_backends:
         if backend == ONNXRUNTIME:
-            names.append(backend)
+            if spec.backends is not None:
+                check_formats(recipe, backend, None, None)
+            if not needs_engines(recipe):
+                names.append(backend)
+            elif spec.backends is None:
+                check_formats(recipe, TENSORRT, None, None)
             continue
         if backend == TENSORRT_RTX:
             found = tensorrt_rtx.targets(spec.targets)
         else:
             prunes = config.vision.pruning is not None
             found = tensorrt.targets(spec.targets, prunes=prunes, plugin=spec.plugin, bundle=bundle)
+        for target in found:
+            check_formats(recipe, backend, target.name, target.version)
         targets += found
         names += [target.folder for target in found]
-    if ONNXRUNTIME not in names:
+    if ONNXRUNTIME not in names and not needs_engines(recipe):
         names.append(ONNXRUNTIME)
-    return _Plan(config, precision, limits, tuple(targets), tuple(names), spec.memory_limit)
+    return _Plan(config, recipe, limits, tuple(targets), tuple(names), spec.memory_limit)
 
 
 def _engine_limits(config: ModelConfig, limits: Limits, spec: BuildSpec) -> Limits:
@@ -415,7 +505,7 @@ def _run(
         for target in work.plan.targets
         for name in engine_specs(target, work.plan.engines)
     ]
-    stages = [*work.stages, *(f"build {engine}" for engine in engines)]
+    stages = [*work.stages, *(f"build {engine}" for engine in engines), *work.stages_after]
 
     def begin(stage: str) -> None:
         if on_stage:
@@ -432,14 +522,21 @@ def _run(
         work.fill(begin)
         for target in work.plan.targets:
             engines_from_graphs(partial, target, work.plan.engines, begin, progress)
-        (partial / MANIFEST).write_text(work.manifest().to_json(), encoding="utf-8")
+        manifest = work.manifest()
+        (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        if work.judge is not None:
+            manifest = work.judge(begin, manifest)
+            (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        shutil.rmtree(partial / CALIBRATION_FOLDER, ignore_errors=True)
         publish(partial, work.output, force)
 
 
-def _export_stages(source: Checkpoint, precision: Precision) -> dict[str, list[str]]:
+def _export_stages(
+    source: Checkpoint, precision: Precision, kv_cache: KvCache
+) -> dict[str, list[str]]:
     """Graphs by the folder that they lie in, a stage each."""
     stages: dict[str, list[str]] = {}
-    for name in graph_specs(source.config, precision):
+    for name in graph_specs(source.config, precision, kv_cache):
         stages.setdefault(Path(graph_file(name)).parent.name, []).append(name)
     return stages
 
@@ -447,7 +544,7 @@ def _export_stages(source: Checkpoint, precision: Precision) -> dict[str, list[s
 def graphs_from_checkpoint(
     source: Checkpoint,
     folder: Path,
-    precision: Precision,
+    numerics: Numerics,
     begin: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> None:
@@ -459,14 +556,14 @@ def graphs_from_checkpoint(
     Args:
         source: the checkpoint.
         folder: bundle, or the working folder of one.
-        precision: type of weights and activations.
+        numerics: types of weights and activations.
         begin: called when the export of a graph and its variants begins.
         on_progress: called while weights are written, with (what, tensors, of how many).
     """
     from stts_export.checkpoint import streamed_model
     from stts_export.graphs.export import export_graph
 
-    stages = _export_stages(source, precision)
+    stages = _export_stages(source, numerics.precision, numerics.kv_cache)
     graphs = folder / GRAPH_FOLDER
     todo = [stage for stage in stages if not (graphs / stage).is_dir()]
     if not todo:
@@ -479,7 +576,7 @@ def graphs_from_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         for name in stages[stage]:
             on_tensor = functools.partial(on_progress, f"{WRITING}{name}") if on_progress else None
-            export_graph(model, name, precision, unfinished, on_tensor)
+            export_graph(model, name, numerics, unfinished, on_tensor)
         os.replace(unfinished / stage, graphs / stage)
     unfinished.rmdir()
 
@@ -507,7 +604,9 @@ def _fingerprint(spec: BuildSpec, plan: _Plan) -> dict[str, Any]:
     plugins = {target.plugin for target in plan.targets if target.plugin}
     return {
         "stts_export": __version__,
-        "spec": {**asdict(spec), "plugin": str(spec.plugin)},
+        "spec": {
+            key: value if value is None else str(value) for key, value in asdict(spec).items()
+        },
         "limits": asdict(plan.limits),
         "targets": [[target.folder, target.version] for target in plan.targets],
         "plugins": [[str(path), path.stat().st_mtime_ns] for path in sorted(plugins)],
@@ -538,12 +637,19 @@ def _check_fits(
             on_plan(line)
 
 
-def _manifest(source: Checkpoint, folder: Path, plan: _Plan, positions: Positions) -> Manifest:
+def _manifest(
+    source: Checkpoint,
+    folder: Path,
+    plan: _Plan,
+    positions: Positions,
+    numerics: Numerics,
+) -> Manifest:
+    formats = {name: layer.format for name, layer in numerics.layers.items()}
     return Manifest(
         has_scorer=source.has_scorer,
         precision=plan.precision,
         limits=plan.limits,
-        graphs=tuple(graph_specs(source.config, plan.precision)),
+        graphs=tuple(graph_specs(source.config, plan.precision, numerics.kv_cache)),
         targets=plan.manifest_targets,
         source=source.name,
         tool_versions={
@@ -551,8 +657,10 @@ def _manifest(source: Checkpoint, folder: Path, plan: _Plan, positions: Position
             **_engine_tools(plan),
         },
         licences=_licences(source),
-        files=list_files(folder, ignore=(STAMP, LOCK)),
+        files=list_files(folder, ignore=_LEFT_OUT),
         positions=positions,
+        recipe=plan.recipe.to_dict(),
+        formats={**formats, **dict.fromkeys(numerics.fp32_layers, "fp32")},
     )
 
 
@@ -564,7 +672,7 @@ def _manifest_of_copy(
     source: Bundle, folder: Path, copied: dict[str, dict[str, Any]], plan: _Plan
 ) -> Manifest:
     """Make the manifest; refuse copies that were changed since they were made."""
-    files = list_files(folder, ignore=(STAMP, LOCK))
+    files = list_files(folder, ignore=_LEFT_OUT)
     for name, entry in copied.items():
         if files.get(name) != entry:
             raise VerificationError(
@@ -586,7 +694,7 @@ def _manifest_of_copy(
 def _copied_files(source: Bundle) -> dict[str, dict[str, Any]]:
     """Graphs and configuration; a decoder of fixed capacity belongs to the engines."""
     fixed = f"{GRAPH_FOLDER}/{graph_file(variant(DECODER, FIXED))}"
-    folders = (f"{GRAPH_FOLDER}/", f"{CONFIG_FOLDER}/")
+    folders = (f"{GRAPH_FOLDER}/", f"{CONFIG_FOLDER}/", _REPORTS)
     return {
         name: entry
         for name, entry in source.manifest.files.items()
@@ -628,12 +736,22 @@ def _copy(source: Path, target: Path, digest: str | None = None) -> None:
 def _narrowed(source: Bundle, spec: BuildSpec) -> Limits:
     """Limits of a bundle that is built from a bundle: the same or narrower."""
     own, where = source.manifest.limits, str(source.folder)
-    if spec.precision not in (None, source.manifest.precision):
+    built = source.manifest.precision_name
+    if spec.precision not in (None, built):
+        quantised = " quantised already, to" if source.manifest.formats else ""
         raise InputError(
-            f"precision {spec.precision}, but the bundle's graphs are {source.manifest.precision}",
+            f"precision {spec.precision}, but the bundle's graphs are{quantised} {built}",
             where=where,
             fix=f"leave --precision out, or build {spec.precision} from the checkpoint",
         )
+    options = (("calibration", spec.calibration), ("clips", spec.clips), ("auto", spec.auto))
+    for name, given in options:
+        if given is not None:
+            raise InputError(
+                f"{name} {given} is of no use: a bundle's graphs have their formats",
+                where=where,
+                fix="leave it out, or build from the checkpoint",
+            )
     return narrowed(
         own,
         where,

@@ -17,13 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from stts_export.bundle import GRAPH_FOLDER, is_bundle
+from stts_export.engines.engine_set import ENGINE_FOLDER
 from stts_export.errors import InputError
-from stts_export.files import check_utf8, write_json
+from stts_export.files import check_utf8, json_object, write_json
 
 log = logging.getLogger(__name__)
 
 STAMP, LOCK = "build.json", "build.lock"
 """In the working folder only: what is being built, and the lock of the build that does it."""
+CALIBRATION_FOLDER = "calibration"
+"""In the working folder only: a build's own calibration."""
+NUMERICS = "numerics.json"
+"""In the working folder only: digest of the number formats that its graphs were written with."""
 
 
 def check_name(output: Path) -> None:
@@ -147,7 +152,7 @@ def publish(partial: Path, output: Path, force: bool) -> None:
         if replaces and not output.exists():
             old.rename(output)
         raise
-    for name in (STAMP, LOCK):
+    for name in (STAMP, LOCK, NUMERICS):
         (output / name).unlink(missing_ok=True)
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
@@ -157,6 +162,20 @@ def publish(partial: Path, output: Path, force: bool) -> None:
 
 def _old_name(output: Path) -> Path:
     return output.with_name(f"{output.name}.old-{os.getpid()}")
+
+
+def keep_graphs_of(partial: Path, digest: str) -> None:
+    """Drop graphs, and engines of them, that were written with other number formats.
+
+    Args:
+        partial: working folder.
+        digest: of the formats that are wanted.
+    """
+    if json_object(partial / NUMERICS) != {"digest": digest}:
+        for name in (GRAPH_FOLDER, ENGINE_FOLDER):
+            shutil.rmtree(partial / name, ignore_errors=True)
+        (partial / GRAPH_FOLDER).mkdir()
+        write_json(partial / NUMERICS, {"digest": digest})
 
 
 @contextmanager

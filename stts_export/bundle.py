@@ -25,12 +25,13 @@ from stts_export.tensors import (
     GATHER_WINDOWS,
     PRECISIONS,
     SELECT_PACK,
+    KvCache,
     Precision,
     graph_file,
     graph_specs,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 CONFIG_FOLDER = "config"
 GRAPH_FOLDER = "onnx"
@@ -78,6 +79,16 @@ def _is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What held-out clips said about a bundle; `GATES_FILE` has the rest."""
+
+    passed: bool
+    """False where it was written by force."""
+    missed: tuple[str, ...]
+    """Names of the gates that it misses."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`."""
 
@@ -87,7 +98,7 @@ class Manifest:
     graphs: tuple[str, ...]
     targets: tuple[str, ...]
     """What the bundle runs on without another build step, preferred first: "onnxruntime", and names
-    of engine folders."""
+    of engine folders. Empty where ONNX Runtime has no kernels and no engine was built."""
     source: str
     """Name of the checkpoint folder."""
     tool_versions: dict[str, str]
@@ -97,6 +108,12 @@ class Manifest:
     stts_export: str = __version__
     schema_version: int = SCHEMA_VERSION
     positions: Positions = "compact"
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The number formats that were asked for, as `calibration.Recipe.to_dict` gives them."""
+    formats: Mapping[str, str] = field(default_factory=dict)
+    """Format by layer, of those that are not at `precision`."""
+    judged: Judged | None = None
+    """None where the recipe has no gates."""
 
     def to_json(self) -> str:
         """Serialise, keys sorted, so that equal bundles have equal manifests."""
@@ -136,8 +153,22 @@ class Manifest:
             limits = Limits(**values["limits"])
         except TypeError as error:
             raise InputError(f"cannot be read: {error}", where=where, fix=_REBUILD) from None
+        judged = values["judged"]
+        if judged is not None:
+            judged = Judged(judged["passed"], tuple(judged["missed"]))
         graphs, targets = tuple(values["graphs"]), tuple(values["targets"])
-        return Manifest(**{**values, "limits": limits, "graphs": graphs, "targets": targets})
+        parsed = {"limits": limits, "graphs": graphs, "targets": targets, "judged": judged}
+        return Manifest(**{**values, **parsed})
+
+    @property
+    def precision_name(self) -> str:
+        """What `build --precision` was asked for."""
+        return str(self.recipe.get("name", self.precision))
+
+    @property
+    def kv_cache(self) -> KvCache:
+        """Type of the decoder's cache."""
+        return "int8" if self.recipe.get("kv_cache") == "int8" else "base"
 
 
 def _check_values(values: Mapping[str, Any], where: str) -> None:
@@ -186,17 +217,30 @@ def _is_table(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
+def _is_judged(value: object) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or set(value) != {"passed", "missed"}:
+        return False
+    missed = value["missed"]
+    names = isinstance(missed, list) and all(isinstance(name, str) for name in missed)
+    return isinstance(value["passed"], bool) and names
+
+
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "has_scorer": ("true or false", lambda value: isinstance(value, bool)),
     "precision": (" or ".join(PRECISIONS), lambda value: value in PRECISIONS),
     "positions": (" or ".join(POSITIONS), lambda value: value in POSITIONS),
     "limits": ("an object", lambda value: isinstance(value, dict)),
     "graphs": ("an array of names", _is_texts),
-    "targets": ("an array of names", _is_names),
+    "targets": ("an array of names", lambda value: value == [] or _is_names(value)),
     "source": ("a string", lambda value: isinstance(value, str)),
     "tool_versions": ("an object of strings", _is_table),
     "licences": ("an object of strings", _is_table),
     "files": ("an object", lambda value: isinstance(value, dict)),
+    "recipe": ("an object", lambda value: isinstance(value, dict)),
+    "formats": ("an object of strings", _is_table),
+    "judged": ('null or {"passed": bool, "missed": [names]}', _is_judged),
     "stts_export": ("a string", lambda value: isinstance(value, str)),
 }
 
@@ -294,7 +338,7 @@ def _size(file: Path) -> int | None:
 
 def _check_graphs(manifest: Manifest, config: ModelConfig, where: str) -> None:
     """Check that the manifest names this model's graphs and lists their files."""
-    known = set(graph_specs(config, manifest.precision))
+    known = set(graph_specs(config, manifest.precision, manifest.kv_cache))
     if set(manifest.graphs) != known:
         raise InputError(
             f"graphs is {list(manifest.graphs)}",
@@ -342,13 +386,13 @@ def list_files(folder: Path, ignore: Collection[str] = ()) -> dict[str, dict[str
 
     Args:
         folder: the bundle.
-        ignore: names of files in the folder itself that will not stay.
+        ignore: names of what lies in the folder itself and will not stay.
     """
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
     return {
-        name: {"size": path.stat().st_size, "sha256": sha256(path)}
+        name.as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for name, path in found.items()
-        if path.is_file() and name not in (MANIFEST, *ignore)
+        if path.is_file() and name.parts[0] not in (MANIFEST, *ignore)
     }
 
 

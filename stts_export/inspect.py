@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from stts_export.bundle import CONFIG_FOLDER, WITHOUT_WEIGHTS, Bundle
 from stts_export.engines.engine_set import EngineSet, engine_json, tensor_json
 from stts_export.files import readable_size
-from stts_export.tensors import DATA_FILE, graph_specs
+from stts_export.tensors import DATA_FILE, cache_dtype, graph_specs
 
 
 def describe(bundle: Path) -> dict[str, Any]:
@@ -20,13 +22,17 @@ def describe(bundle: Path) -> dict[str, Any]:
     """
     opened = Bundle.open(bundle)
     manifest, vision, text = opened.manifest, opened.config.vision, opened.config.text
-    specs = graph_specs(opened.config, manifest.precision)
+    specs = graph_specs(opened.config, manifest.precision, manifest.kv_cache)
     return {
         "bundle": str(bundle),
         "schema_version": manifest.schema_version,
         "stts_export": manifest.stts_export,
         "source": manifest.source,
         "precision": manifest.precision,
+        "recipe": manifest.precision_name,
+        "formats": _counts(manifest.formats),
+        "gates": None if manifest.judged is None else asdict(manifest.judged),
+        "kv_cache": cache_dtype(manifest.precision, manifest.kv_cache),
         "targets": list(manifest.targets),
         "limits": asdict(manifest.limits),
         "positions": manifest.positions,
@@ -55,6 +61,24 @@ def describe(bundle: Path) -> dict[str, Any]:
         "tool_versions": manifest.tool_versions,
         "licences": manifest.licences,
     }
+
+
+def _counts(formats: Mapping[str, str]) -> dict[str, int]:
+    """Layers of each format."""
+    return dict(Counter(formats.values()))
+
+
+def _formats_text(description: Mapping[str, Any]) -> str:
+    """Say which layers are not at the precision of the rest, and what the gates said."""
+    counts = [f"{count} layers {name}" for name, count in description["formats"].items()]
+    gates = description["gates"]
+    if gates is None:
+        verdict = "not judged"
+    elif gates["passed"]:
+        verdict = "passed its gates"
+    else:
+        verdict = f"written by force, misses its gates for {', '.join(gates['missed'])}"
+    return f"recipe {description['recipe']}: {', '.join([*counts, verdict])}"
 
 
 def _bytes(name: str, graph: Path) -> int:
@@ -91,8 +115,10 @@ def describe_text(description: dict[str, Any]) -> str:
         f"  frames   {size} pixels, {grid} windows each, up to {limits['max_frames']}",
         f"  pruning  {pruning}; ratio {limits['min_prune_ratio']:g} or more",
         f"  prompts  {description['prompts']}, up to {limits['max_tokens']} tokens; "
-        f"{description['positions']} positions after pruning",
+        f"{description['positions']} positions after pruning; {description['kv_cache']} KV cache",
     ]
+    if description["formats"] or description["gates"]:
+        lines.append(f"  formats  {_formats_text(description)}")
     for name, graph in description["graphs"].items():
         lines.append(f"  {name} ({readable_size(graph['bytes'])})")
         lines += _sides(graph)

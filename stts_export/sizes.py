@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from stts_export.config import ModelConfig
 from stts_export.tensors import (
+    ACTIVATION,
     CONNECTOR,
     DATA_ALIGNMENT,
     DATA_FILE,
@@ -20,7 +23,7 @@ from stts_export.tensors import (
     graph_specs,
 )
 
-BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2}
+BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 _FLOAT = 4
 
 
@@ -193,5 +196,5 @@ def looks_tied(config: ModelConfig, precision: Precision, stored: int) -> bool:
 
 def cache_bytes(config: ModelConfig, precision: Precision, tokens: int) -> int:
     """Bytes of the keys and values of a sequence."""
-    text = config.text
-    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * BYTES[precision] * tokens
+    text, size = config.text, np.dtype(ACTIVATION[precision]).itemsize
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * size * tokens

@@ -14,11 +14,16 @@ from typing import Literal
 
 from stts_export.config import ModelConfig
 
-Precision = Literal["fp32", "fp16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 
-ACTIVATION: dict[str, str] = {"fp32": "float32", "fp16": "float16"}
-"""NumPy name of the type that activations have at a precision; scores are always float32."""
+ACTIVATION: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "float32"}
+"""NumPy name of the type that a graph's inputs and outputs have at a precision, the cache too;
+scores are always float32. NumPy has no bfloat16: at bf16, products and attention are in it, and the
+residual stream and all that passes from graph to graph is float32."""
+
+KvCache = Literal["base", "int8"]
+"""Type of the decoder's cache: that of activations, or int8 with a scale per layer and head."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,23 @@ def present_names(layer: int) -> tuple[str, str]:
     return f"present.{layer}.key", f"present.{layer}.value"
 
 
-def graph_specs(config: ModelConfig, precision: Precision) -> dict[str, GraphSpec]:
-    """All graphs of a model at a precision, by name; a variant follows the graph it varies."""
+def cache_dtype(precision: Precision, kv_cache: KvCache) -> str:
+    """NumPy name of the type of the decoder's cache."""
+    return "int8" if kv_cache == "int8" else ACTIVATION[precision]
+
+
+def graph_specs(
+    config: ModelConfig, precision: Precision, kv_cache: KvCache = "base"
+) -> dict[str, GraphSpec]:
+    """All graphs of a model at a precision, by name; a variant follows the graph it varies.
+
+    With an int8 cache the decoder has no decomposed variant: that one gathers and selects rows of
+    the cache, for which TensorRT 10.3 lists no int8.
+    """
     lower = _vision_lower(config, precision)
     upper = _vision_upper(config, precision, VISION_UPPER)
     connector = _connector(config, precision)
-    decoder = _decoder(config, precision)
+    decoder = _decoder(config, precision, kv_cache)
     specs = [
         lower,
         _decomposed(lower),
@@ -125,7 +141,7 @@ def graph_specs(config: ModelConfig, precision: Precision) -> dict[str, GraphSpe
         connector,
         _decomposed(connector),
         decoder,
-        _decomposed(decoder),
+        *([] if kv_cache == "int8" else [_decomposed(decoder)]),
         GraphSpec(variant(DECODER, SPLIT), decoder.inputs, decoder.outputs),
     ]
     if config.vision.pruning is not None:
@@ -236,9 +252,9 @@ def _connector(config: ModelConfig, precision: Precision) -> GraphSpec:
     )
 
 
-def _decoder(config: ModelConfig, precision: Precision) -> GraphSpec:
+def _decoder(config: ModelConfig, precision: Precision, kv_cache: KvCache) -> GraphSpec:
     text, dtype = config.text, ACTIVATION[precision]
-    cache = (1, text.num_kv_heads, CAPACITY, text.head_dim)
+    cache = cache_dtype(precision, kv_cache), (1, text.num_kv_heads, CAPACITY, text.head_dim)
     layers = range(text.num_layers)
     return GraphSpec(
         DECODER,
@@ -248,11 +264,11 @@ def _decoder(config: ModelConfig, precision: Precision) -> GraphSpec:
             TensorSpec("visual_group", "int32", (1, "tokens")),
             TensorSpec("position_ids", "int64", (1, "tokens")),
             TensorSpec("cache_position", "int64", (1,)),
-            *(TensorSpec(name, dtype, cache) for i in layers for name in past_names(i)),
+            *(TensorSpec(name, *cache) for i in layers for name in past_names(i)),
         ),
         (
             TensorSpec("logits", "float32", (1, text.vocab_size)),
-            *(TensorSpec(name, dtype, cache) for i in layers for name in present_names(i)),
+            *(TensorSpec(name, *cache) for i in layers for name in present_names(i)),
         ),
     )
 

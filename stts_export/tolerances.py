@@ -49,7 +49,49 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("tapped", "fp16"): Tolerance("l2", 1e-2, "fp16 rounding in every matmul of the upper blocks"),
     ("features", "fp16"): Tolerance("l2", 1e-2, "fp16 rounding in the connector"),
     ("logits", "fp16"): Tolerance("l2", 2e-2, "fp16 rounding through the decoder and its head"),
+    ("scores", "bf16"): Tolerance("max", 3e-2, "as fp16, with 8 bits of mantissa instead of 11"),
+    ("hidden", "bf16"): Tolerance("l2", 4e-2, "bf16 rounding in every matmul of the lower blocks"),
+    ("last_pooled", "bf16"): Tolerance("l2", 4e-2, "as hidden, pooled in fp32"),
+    ("packed_features", "bf16"): Tolerance(
+        "l2", 4e-2, "bf16 rounding in every matmul of the upper blocks and the connector"
+    ),
+    ("tapped", "bf16"): Tolerance("l2", 4e-2, "bf16 rounding in every matmul of the upper blocks"),
+    ("features", "bf16"): Tolerance("l2", 4e-2, "bf16 rounding in the connector"),
+    ("logits", "bf16"): Tolerance("l2", 8e-2, "bf16 rounding through the decoder and its head"),
 }
+
+
+TIMES_NOISE = 2.0
+"""A quantised graph may be off by this many times what rounding does to a result, where that is
+more than its row allows: coarse formats."""
+
+
+def quantised_row(precision: str) -> str:
+    """Name of the rows of graphs with layers in int8, fp8, int4 or nvfp4.
+
+    They are compared with PyTorch that rounds the same way, not with fp32: gates do that.
+
+    Args:
+        precision: of the rest of the graph.
+    """
+    return f"quantised, {precision}"
+
+
+_QUANTISED: dict[str, tuple[float, float, str]] = {
+    "fp32": (
+        1e-2, 2e-2, "few inputs lie so close between two steps that summation order decides",
+    ),
+    "fp16": (
+        2e-2, 2e-1, "fp16 decides for inputs between two steps; layer by layer errors of the two "
+        "become unrelated",
+    ),
+    "bf16": (6e-2, 4e-1, "as fp16, with 8 bits of mantissa instead of 11"),
+}  # fmt: skip
+"""Limits of scores, and of everything else in l2, by the precision of the rest."""
+for _precision, (_scores, _rest, _reason) in _QUANTISED.items():
+    TOLERANCES["scores", quantised_row(_precision)] = Tolerance("max", _scores, _reason)
+    for _name in ("hidden", "last_pooled", "packed_features", "tapped", "features", "logits"):
+        TOLERANCES[_name, quantised_row(_precision)] = Tolerance("l2", _rest, _reason)
 
 
 def difference(got: ArrayLike, reference: ArrayLike, measure: Measure) -> float:

@@ -18,7 +18,10 @@ from safetensors.numpy import load_file
 from stts_export.checkpoint import save_checkpoint
 from stts_export.config import ModelConfig
 from stts_export.model.vlm import SttsModel
+from stts_export.tensors import Precision
 
+ON_CPU: tuple[Precision, ...] = ("fp32", "fp16")
+"""Precisions that ONNX Runtime has kernels for."""
 GOLDEN = Path(__file__).parent / "data" / "molmo2_stts_tiny"
 
 

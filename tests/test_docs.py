@@ -164,9 +164,10 @@ def test_cmake_presets_exist():
         assert set(re.findall(r"--preset (\w[\w-]*)", text)) <= known
 
 
-def test_tables_come_from_recorded_results():
+@pytest.mark.parametrize("script", ["update_tables.py", "update_precision.py"])
+def test_tables_come_from_recorded_results(script: str):
     done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "update_tables.py", "--check"],
+        [sys.executable, ROOT / "docs" / script, "--check"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from benchmarks.harness.random_checkpoint import config_json
 from stts_export import estimate as estimating
 from stts_export import machine
 from stts_export.bundle import Bundle
+from stts_export.calibration.layers import Numerics
 from stts_export.checkpoint import open_checkpoint
 from stts_export.config import ModelConfig
 from stts_export.devices import DEVICES, GB
@@ -131,7 +132,7 @@ def test_the_decoder_of_a_tied_checkpoint_has_the_size_that_is_told(
     with torch.no_grad():
         if tied:
             model.language.lm_head.weight.copy_(model.language.embedding)
-    file = export_graph(model, DECODER, precision, tmp_path)
+    file = export_graph(model, DECODER, Numerics(precision), tmp_path)
     written = file.with_name(DATA_FILE).stat().st_size
     assert weights(model.config, tied=tied)[DECODER].nbytes(precision) == written
 

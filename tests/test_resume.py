@@ -11,6 +11,7 @@ import pytest
 
 from stts_export.build import graphs_from_checkpoint
 from stts_export.bundle import GRAPH_FOLDER, Bundle
+from stts_export.calibration.layers import Numerics
 from stts_export.checkpoint import open_checkpoint
 from stts_export.graphs import export
 from stts_export.tensors import DATA_FILE, graph_file
@@ -49,7 +50,7 @@ def test_progress_is_by_tensor_and_names_the_graph(
     source = open_checkpoint(small_checkpoint)
     (tmp_path / GRAPH_FOLDER).mkdir()
     graphs_from_checkpoint(
-        source, tmp_path, "fp32", on_progress=lambda *report: reports.append(report)
+        source, tmp_path, Numerics("fp32"), on_progress=lambda *report: reports.append(report)
     )
     assert reports[0] == ("weights of vision_lower", 1, 2)
     assert ("weights of decoder", 1, 2) in reports

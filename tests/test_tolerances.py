@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stts_export.tensors import PRECISIONS
-from stts_export.tolerances import TOLERANCES, Measure, difference
+from stts_export.tolerances import TOLERANCES, Measure, difference, quantised_row
 
 MEASURES: tuple[Measure, ...] = ("max", "max_rel", "l2")
 
@@ -29,5 +29,6 @@ def test_measures():
 
 def test_every_output_has_a_limit_with_a_reason_at_every_precision():
     names = {name for name, _ in TOLERANCES}
-    assert set(TOLERANCES) == {(name, precision) for name in names for precision in PRECISIONS}
+    rows = (*PRECISIONS, *map(quantised_row, PRECISIONS))
+    assert set(TOLERANCES) == {(name, row) for name in names for row in rows}
     assert all(row.limit > 0 and row.reason for row in TOLERANCES.values())

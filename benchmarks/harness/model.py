@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import stts_export
+from stts_export.calibration.layers import Numerics
 from stts_export.config import (
     ConnectorConfig,
     ModelConfig,
@@ -131,7 +132,7 @@ def _export(config: ModelConfig, folder: Path, precision: Precision, names: Sequ
 
     model = random_model(config)
     for name in names:
-        export_graph(model, name, precision, folder)
+        export_graph(model, name, Numerics(precision), folder)
 
 
 def random_model(config: ModelConfig) -> Any:

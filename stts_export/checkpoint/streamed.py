@@ -108,7 +108,7 @@ class _StreamedLinear(nn.Linear):
         parts = []
         for rows, weight in _fp32_rows(self.stored):
             bias = None if self.bias is None else self.bias[rows]
-            parts.append(F.linear(x, weight, bias))
+            parts.append(F.linear(x, weight.to(x.dtype), bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 

@@ -16,11 +16,13 @@ from typing import Any, NoReturn, TextIO
 from stts_export._version import __version__
 from stts_export.cli import (
     build,
+    calibrate,
     convert,
     doctor,
     estimate,
     eval,
     inspect,
+    quant_report,
     run,
     train,
     verify,
@@ -31,11 +33,13 @@ from stts_export.errors import MissingDependencyError, SttsError
 
 _VERBS: tuple[tuple[str, str, ModuleType], ...] = (
     ("build", "Build a bundle from a checkpoint or a bundle.", build),
+    ("calibrate", "Find the scales of a quantised model on clips.", calibrate),
     ("run", "Answer a question about a video.", run),
     ("watch", "Answer a question about live video, again and again.", watch),
     ("inspect", "Show what a bundle holds.", inspect),
     ("convert", "Write a checkpoint as a Hugging Face folder.", convert),
     ("verify", "Compare a bundle with its checkpoint.", verify),
+    ("quant-report", "Show how far a quantised bundle is from fp32.", quant_report),
     ("estimate", "Tell the memory and disk that a build and a session will need.", estimate),
     ("doctor", "Show what this machine has, what it can do, and how to close gaps.", doctor),
     ("train", "Train or fine-tune a model with pruning inside the vision transformer.", train),
@@ -51,6 +55,8 @@ _PIP_NAME = {
     "onnxscript": "'stts-export[export]'",
     "onnx_ir": "'stts-export[export]'",
     "onnxruntime": "'stts-export[cpu]'",
+    "modelopt": "'stts-export[quantize]'",
+    "matplotlib": "'stts-export[quantize]'",
     "prometheus_client": "'stts-export[metrics]'",
     "tensorrt_rtx": "'stts-export[trt-rtx]'",
     "tensorrt": "'stts-export[trt]'",

@@ -29,8 +29,24 @@ def options(verb: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     verb.add_argument("-o", "--output", type=Path, required=True, help="bundle folder to write")
     verb.add_argument(
-        "--precision", help="fp32 (default) or fp16; a bundle's own when built from a bundle"
-    )
+        "--precision", metavar="RECIPE",
+        help="number formats: fp32 (default), fp16, bf16, fp8, int8, int4, nvfp4, one for a class "
+        "of devices (orin, thor, h200, rtx), or a YAML file; a bundle's own when built from one",
+    )  # fmt: skip
+    verb.add_argument(
+        "--auto", metavar="DEVICE",
+        help="find the recipe of the smallest bundle that passes its gates on a device: cpu, orin, "
+        "thor, h200, rtx, or one that `estimate` knows",
+    )  # fmt: skip
+    verb.add_argument(
+        "--calibration", type=Path, metavar="FOLDER",
+        help="scales that `calibrate` found; found during the build if absent",
+    )  # fmt: skip
+    verb.add_argument(
+        "--clips", type=Path,
+        help="what to calibrate and judge on: a YAML file, or a folder of videos; synthetic clips "
+        "if absent",
+    )  # fmt: skip
     verb.add_argument(
         "--backend", action="append",
         help="back end to build for (repeatable, the first is the default of the bundle): "
@@ -63,7 +79,10 @@ def options(verb: argparse.ArgumentParser) -> None:
         "the build tree if absent",
     )  # fmt: skip
     checkpoint_options(verb)
-    verb.add_argument("--force", action="store_true", help="replace an existing bundle")
+    verb.add_argument(
+        "--force", action="store_true",
+        help="replace an existing bundle; write one that misses the gates of its recipe",
+    )  # fmt: skip
 
 
 def run(arguments: Arguments) -> int:
@@ -75,13 +94,16 @@ def run(arguments: Arguments) -> int:
         max_frames=arguments.max_frames,
         max_tokens=arguments.max_tokens,
         min_prune_ratio=arguments.min_prune_ratio,
-        backends=tuple(arguments.backend or ("onnxruntime",)),
+        backends=tuple(arguments.backend) if arguments.backend else None,
         targets=_targets(arguments.target or ()),
         memory_limit=size_in_bytes(arguments.memory_limit, "--memory-limit")
         if arguments.memory_limit
         else None,
         plugin=arguments.plugin,
         positions=arguments.positions,
+        calibration=arguments.calibration,
+        clips=arguments.clips,
+        auto=arguments.auto,
     )
 
     def on_stage(stage: str, number: int, total: int) -> None:

@@ -20,6 +20,10 @@ Report = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
 _UNITS = {
+    "clips": "clips",
+    "statistics of clips": "clips",
+    "scales of layers": "layers",
+    "held-out clips": "clips",
     "read": "frames",
     "vision_lower": "frames",
     "vision_upper": "windows",

@@ -12,11 +12,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from stts_export.calibration.layers import Numerics
 from stts_export.checkpoint.streamed import sources
 from stts_export.errors import VerificationError
+from stts_export.graphs.cache import quantise_cache
 from stts_export.graphs.check import check_graph
-from stts_export.graphs.modules import at_precision, module_for
+from stts_export.graphs.modules import module_for
 from stts_export.graphs.packing import packing_graph
+from stts_export.graphs.quantization import quantise_graph
 from stts_export.graphs.rewrites import decompose
 from stts_export.graphs.split import split_queries
 from stts_export.graphs.weights import (
@@ -37,7 +40,6 @@ from stts_export.tensors import (
     SPLIT,
     VISION_UPPER_FRAMES,
     GraphSpec,
-    Precision,
     TensorSpec,
     graph_file,
     graph_specs,
@@ -52,7 +54,7 @@ _TRACE_SIZES = {"frames": 2, "bins": 2, "slots": 4, "tokens": 6, "rows": 3, "cap
 def export_graph(
     model: SttsModel,
     graph: str,
-    precision: Precision,
+    numerics: Numerics,
     folder: Path,
     on_tensor: OnTensor | None = None,
 ) -> Path:
@@ -64,7 +66,7 @@ def export_graph(
     Args:
         model: fp32, in evaluation mode; its weights may be on disk (`streamed_model`).
         graph: a name of `graph_specs`.
-        precision: type of weights and activations.
+        numerics: types of weights and activations; what is compared rounds as the graph does.
         folder: the `onnx` folder of a bundle.
         on_tensor: called while weights are written; not called for variants, which have none.
 
@@ -75,19 +77,19 @@ def export_graph(
         VerificationError: the graph's interface or its results differ from the model's, or it has
             no form that its targets can run.
     """
-    spec = graph_specs(model.config, precision)[graph]
+    spec = graph_specs(model.config, numerics.precision, numerics.kv_cache)[graph]
     file = folder / graph_file(graph)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write(model, spec, precision, file, on_tensor)
+    _write(model, spec, numerics, file, on_tensor)
     onnx.checker.check_model(file, full_check=True)
-    check_graph(spec, precision, file, model)
+    check_graph(spec, numerics, file, model)
     return file
 
 
 def _write(
     model: SttsModel,
     spec: GraphSpec,
-    precision: Precision,
+    numerics: Numerics,
     file: Path,
     on_tensor: OnTensor | None,
 ) -> None:
@@ -106,7 +108,7 @@ def _write(
         split_queries(split, model.config)
         ir.save(split, file)
         return
-    traced = _traced(model, spec, precision)
+    traced = _traced(model, spec, numerics)
     if file == original:
         write_weights(traced.graph, file.with_name(DATA_FILE), on_tensor)
     else:
@@ -114,21 +116,27 @@ def _write(
     ir.save(traced, file)
 
 
-def _traced(model: SttsModel, spec: GraphSpec, precision: Precision) -> ir.Model:
-    """Trace a graph without touching a weight; its weights are `WeightTensor`s."""
+def _traced(model: SttsModel, spec: GraphSpec, numerics: Numerics) -> ir.Model:
+    """Trace a graph without touching a weight; its weights are `WrittenTensor`s."""
     with torch.device("meta"):
         outline = SttsModel(model.config).eval()
     names = {id(parameter): name for name, parameter in outline.named_parameters()}
-    module = module_for(spec.name, outline)
     values = sources(model)
-    of_module = {name: values[names[id(p)]] for name, p in module.named_parameters()}
-    module = without_memory(at_precision(module, precision))
-    program = _trace(module, spec, model.config.vision.patches_per_window)
-    name_weights(program.model.graph, module, of_module)
+    parameters = {
+        name: names[id(p)] for name, p in module_for(spec.name, outline).named_parameters()
+    }
+    module = module_for(spec.name, outline, numerics.precision, numerics.fp32_layers)
+    program = _trace(without_memory(module), spec, model.config.vision.patches_per_window)
+    graph = program.model.graph
+    name_weights(graph, module, {name: values[ours] for name, ours in parameters.items()})
     program.optimize()
-    share_tables(program.model.graph)
-    _name_axes(program.model.graph, spec)
-    _drop_metadata(program.model.graph)
+    products = {name: ours.removesuffix(".weight") for name, ours in parameters.items()}
+    quantise_graph(graph, products, numerics.layers, numerics.precision)
+    if spec.name == DECODER and numerics.cache is not None:
+        quantise_cache(graph, numerics.cache, numerics.precision)
+    share_tables(graph)
+    _name_axes(graph, spec)
+    _drop_metadata(graph)
     return program.model
 
 

@@ -20,13 +20,19 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from stts_export.config import ModelConfig
 from stts_export.errors import VerificationError
+from stts_export.graphs.quantization import TRT_DOMAIN
 from stts_export.tensors import CONNECTOR, DECODER, VISION_LOWER, VISION_UPPER
 
 OPSET = 20
+OPSET_BLOCKS, OPSET_FP4 = 21, 23
+"""Of graphs with int4 weights, and with nvfp4: the first whose DequantizeLinear has blocks, and
+takes 4-bit floats. TensorRT has the first since 10.0, though its parser names opset 20 as its
+newest, and the second since 10.8."""
 
-_FLOAT = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
+_FLOAT = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _NUMBER = _FLOAT | {ir.DataType.INT32, ir.DataType.INT64}
 _ANY = _NUMBER | {ir.DataType.BOOL}
+_SCALED = {ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}
 
 TENSORRT_10_3: dict[str, set[ir.DataType]] = {
     operator: types
@@ -37,12 +43,17 @@ TENSORRT_10_3: dict[str, set[ir.DataType]] = {
         ("ReduceMax ReduceMean ReduceMin ReduceSum", _NUMBER),
         ("Concat Expand Gather Reshape Shape Slice Split Squeeze Transpose Unsqueeze Where", _ANY),
         ("Cast", _ANY | {ir.DataType.UINT8}),
+        ("QuantizeLinear", _FLOAT | _SCALED),
+        ("DequantizeLinear", _FLOAT | _SCALED | {ir.DataType.INT4, ir.DataType.FLOAT4E2M1}),
     )
     for operator in operators.split()
 }
 """Operators that a decomposed graph may hold, and the types that TensorRT 10.3 takes for their
 inputs. Source: `docs/operators.md` of onnx-tensorrt 10.1, to which 10.2 and 10.3 added nothing used
 here."""
+
+TENSORRT_10_8: dict[str, set[ir.DataType]] = {"TRT_FP4DynamicQuantize": _FLOAT}
+"""The same of TensorRT's own operators; nvfp4 needs this version, and recipes say so."""
 
 # Below any score and far from the end of fp32: what is masked gets a weight of exactly 0.
 _MASKED = -1e30
@@ -73,7 +84,7 @@ def decompose(model: ir.Model, graph: str, config: ModelConfig) -> None:
                 fix="report this export, with the versions of torch and onnxscript",
             )
     RemoveUnusedNodesPass()(model)
-    model.opset_imports[""] = OPSET
+    model.opset_imports[""] = max(map(_opset, model.graph))
     _check_operators(model.graph, graph)
 
 
@@ -120,9 +131,17 @@ def _apply(rule: _Rule, graph: ir.Graph, builder: _Builder) -> _Done:
     return done
 
 
+def _opset(node: ir.Node) -> int:
+    """The oldest opset that a decomposed graph with this node can have."""
+    if any(value is not None and value.dtype == ir.DataType.FLOAT4E2M1 for value in node.inputs):
+        return OPSET_FP4
+    return OPSET_BLOCKS if "block_size" in node.attributes else OPSET
+
+
 def _check_operators(graph: ir.Graph, name: str) -> None:
     for node in graph:
-        allowed = set() if node.domain else TENSORRT_10_3.get(node.op_type, set())
+        table = {"": TENSORRT_10_3, TRT_DOMAIN: TENSORRT_10_8}.get(node.domain, {})
+        allowed = table.get(node.op_type, set())
         types = {value.dtype for value in node.inputs if value is not None}
         if not (types and types <= allowed):
             raise VerificationError(

@@ -30,6 +30,8 @@ PAIRS = "split.pairs"
 TURN = "turn"
 """Axis R in the body of a loop."""
 _TOKENS = "tokens"
+_TAKERS = {"MatMul", "Mul", "QuantizeLinear", "TRT_FP4DynamicQuantize"}
+"""What takes an attention's output: the projection, or what a recipe puts before it."""
 _BOOL, _INT64 = ir.DataType.BOOL, ir.DataType.INT64
 
 
@@ -108,7 +110,8 @@ def _attended(attention: ir.Node) -> ir.Value:
     value = attention.outputs[0]
     while len(users := value.consumers()) == 1 and users[0].op_type in ("Transpose", "Reshape"):
         value = users[0].outputs[0]
-    if [user.op_type for user in users] != ["MatMul"] or _axes(value)[:2] != (1, _TOKENS):
+    takers = {user.op_type for user in users}
+    if len(users) != 1 or not takers <= _TAKERS or _axes(value)[:2] != (1, _TOKENS):
         raise _refused(f"{value.name} {value.shape} is used otherwise", "a projection of rows")
     return value
 

@@ -9,9 +9,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stts_export.checkpoint.streamed import Source
@@ -21,8 +25,12 @@ from stts_export.tensors import DATA_ALIGNMENT
 OnTensor = Callable[[int, int], None]
 """(tensors that are written, of how many)."""
 
-_IR_TYPE = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
-_PIECE_BYTES = 2**26
+_IR_TYPE = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+PIECE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class _Part:
         """Some rows after the other; of the transposed matrix if asked for."""
         stored = self.source.load()
         stored = stored.T if transposed else stored
-        rows = max(1, _PIECE_BYTES // max(1, math.prod(stored.shape[1:]) * 4))
+        rows = max(1, PIECE_BYTES // max(1, math.prod(stored.shape[1:]) * 4))
         for start in range(0, len(stored), rows):
             yield self._cast(stored[start : start + rows]).contiguous()
 
@@ -52,7 +60,27 @@ class _Part:
         return cast
 
 
-class WeightTensor(ir.LazyTensor):
+class WrittenTensor(ir.LazyTensor):
+    """An initializer that lies in the data file of its graph."""
+
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """Contiguous arrays whose bytes make up the whole, one after the other."""
+        raise NotImplementedError
+
+
+class ArrayTensor(WrittenTensor):
+    """An initializer that is there as an array, such as scales."""
+
+    def __init__(self, name: str, array: ir.TensorProtocol) -> None:
+        self._array = array
+        super().__init__(lambda: array, array.dtype, ir.Shape(array.shape.numpy()), name=name)
+
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """See `WrittenTensor`."""
+        yield np.ascontiguousarray(self._array.numpy())
+
+
+class WeightTensor(WrittenTensor):
     """An initializer made of parameters: one, one transposed, or several one below the other."""
 
     def __init__(self, name: str, parts: tuple[_Part, ...], *, transposed: bool = False) -> None:
@@ -70,12 +98,13 @@ class WeightTensor(ir.LazyTensor):
     def _evaluate(self) -> ir.TensorProtocol:
         """For the exporter's optimiser, which looks into small tensors; checks nothing."""
         values = torch.cat([part.source.load().to(part.dtype) for part in self.parts])
-        return ir.tensor((values.T if self.transposed else values).numpy(), name=self.name)
+        return ir.tensor(_array(values.T if self.transposed else values), name=self.name)
 
-    def pieces(self) -> Iterator[Tensor]:
-        """Contiguous tensors that make up the whole along the first axis."""
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """See `WrittenTensor`."""
         for part in self.parts:
-            yield from part.pieces(transposed=self.transposed)
+            for piece in part.pieces(transposed=self.transposed):
+                yield _array(piece)
 
     def begins_with(self, other: WeightTensor) -> bool:
         """Whether the bytes of `other` are the first of this one's."""
@@ -87,6 +116,14 @@ class WeightTensor(ir.LazyTensor):
         if first.source.name == second.source.name:
             return True
         return all(torch.equal(a, b) for a, b in zip(first.pieces(), second.pieces(), strict=True))
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """The same numbers in NumPy, which has bfloat16 from elsewhere only."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    bits: NDArray[Any] = tensor.contiguous().view(torch.uint16).numpy()
+    return bits.view(ml_dtypes.bfloat16)
 
 
 def without_memory(module: nn.Module) -> nn.Module:
@@ -153,7 +190,7 @@ def write_weights(graph: ir.Graph, file: Path, on_tensor: OnTensor | None = None
     weights = {
         name: value.const_value
         for name, value in graph.initializers.items()
-        if isinstance(value.const_value, WeightTensor)
+        if isinstance(value.const_value, WrittenTensor)
     }
     with file.open("wb") as data:
         for done, (name, tensor) in enumerate(weights.items()):
@@ -161,7 +198,7 @@ def write_weights(graph: ir.Graph, file: Path, on_tensor: OnTensor | None = None
                 on_tensor(done, len(weights))
             offset = data.seek(_aligned(data.tell(), tensor.nbytes))
             for piece in tensor.pieces():
-                data.write(piece.numpy().data)
+                data.write(piece.tobytes() if piece.dtype.kind == "V" else piece.data)
             graph.initializers[name].const_value = _reference(tensor, file, offset)
         if on_tensor:
             on_tensor(len(weights), len(weights))
@@ -229,7 +266,7 @@ def refer_to_weights(graph: ir.Graph, written: ir.Graph) -> None:
     Of equal vectors the optimiser keeps one; where it kept another, the variant holds its own.
     """
     for name, value in graph.initializers.items():
-        if isinstance(value.const_value, WeightTensor) and name in written.initializers:
+        if isinstance(value.const_value, WrittenTensor) and name in written.initializers:
             value.const_value = written.initializers[name].const_value
 
 
@@ -238,7 +275,7 @@ def _aligned(offset: int, nbytes: int) -> int:
     return offset if nbytes < DATA_ALIGNMENT else -(-offset // DATA_ALIGNMENT) * DATA_ALIGNMENT
 
 
-def _reference(tensor: WeightTensor, file: Path, offset: int) -> ir.ExternalTensor:
+def _reference(tensor: WrittenTensor, file: Path, offset: int) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         file.name,
         offset,

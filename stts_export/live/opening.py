@@ -131,8 +131,16 @@ def laid_out_cache(
     """Make the cache for the longest window.
 
     Raises:
-        InputError: the bundle takes no sequences as long as that.
+        InputError: the bundle takes no sequences as long as that, or its cache is int8.
     """
+    if session.bundle.manifest.kv_cache == "int8":
+        raise InputError(
+            "incremental mode moves cached keys to new positions, but in this bundle they are "
+            "int8: each move would round them again, and some would leave the range of their scale",
+            where="mode",
+            allowed="exact",
+            fix="--mode exact, or a bundle of a recipe without kv_cache: int8",
+        )
     windows = session.config.vision.windows
     # Gaps may cut segments anywhere; the shorter they are, the more windows rounding keeps.
     each = windows - planner.n_prune(windows, 1, lowest)

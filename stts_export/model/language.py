@@ -141,7 +141,11 @@ class Decoder(nn.Module):
         write: WriteCache,
         rotate: Rotate = rotate_half,
     ) -> Tensor:
-        """Run all blocks and the final norm on embeddings (N, L, C); returns (N, L, C)."""
+        """Run all blocks and the final norm on embeddings (N, L, C).
+
+        Returns:
+            (N, L, C) in the type of the head, which takes it.
+        """
         rotary = self.rotary(positions)
         for index, block in enumerate(self.blocks):
 
@@ -149,7 +153,7 @@ class Decoder(nn.Module):
                 return write(layer, k, v)
 
             x = block(x, rotary, mask, write_layer, rotate)
-        return self.norm(x).to(x.dtype)
+        return self.norm(x).to(self.lm_head.weight.dtype)
 
     def forward(
         self, ids: Tensor, features: Tensor, visual_group: Tensor, positions: Tensor | None = None

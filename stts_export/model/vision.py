@@ -8,7 +8,7 @@ Axes: F frames, W windows, G patches of a window, D vision width, C decoder widt
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block; the residual stream keeps the type it comes in."""
+    """Pre-norm residual block.
+
+    The residual stream keeps the type it comes in, or widens to that of a part that is kept in
+    fp32: what such a part adds may be too large for fp16.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -109,6 +113,7 @@ class Connector(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         """Map the windows of video (N, G, D * taps), which are all full, to (N, C)."""
+        windows = self._widened(windows)
         return self._project(self.pooling(windows.mean(1, keepdim=True), windows))
 
     def pool(self, patches: Tensor, pooled_patches: Tensor) -> Tensor:
@@ -121,6 +126,7 @@ class Connector(nn.Module):
         Returns:
             (N, C).
         """
+        patches = self._widened(patches)
         there = pooled_patches >= 0
         row = torch.where(there, pooled_patches, torch.zeros_like(pooled_patches))
         gathered = patches.index_select(0, row.flatten()).unflatten(0, (-1, row.shape[1]))
@@ -130,6 +136,10 @@ class Connector(nn.Module):
         count = there.to(gathered.dtype).sum(1)[:, None, None]
         query = gathered.sum(1, keepdim=True) / count
         return self._project(self.pooling(query, gathered, there[:, None, None, :]))
+
+    def _widened(self, patches: Tensor) -> Tensor:
+        """Patches in a type that holds the weights' too, so that fp32 weights get a fp32 mean."""
+        return patches.to(torch.promote_types(patches.dtype, self.w1.weight.dtype))
 
     def _project(self, pooled: Tensor) -> Tensor:
         """Map (N, 1, width) to (N, C)."""
@@ -162,11 +172,6 @@ class VisionTower(nn.Module):
             config.connector, vision.hidden_size * len(vision.taps), config.text.hidden_size
         )
 
-    @property
-    def weight_type(self) -> torch.dtype:
-        """Type that the blocks' matmuls run in."""
-        return self.connector.w2.weight.dtype
-
     def before_scoring(self, frames: Tensor) -> Tensor:
         """Run frames u8 (F, height, width, 3) through block `prune_at`; returns (F, W*G, D)."""
         x = self.embedding(frames)
@@ -184,13 +189,14 @@ class VisionTower(nn.Module):
         """Run block `prune_at + 1` with the log-score bias; (F, W*G, D) to (F, W*G, D)."""
         pruning = self.config.pruning
         assert pruning is not None
+        block: Any = self.blocks[self.config.split_at - 1]
         bias = log_score_bias(
             scores, fresh, self.config.window_grid[1], pruning.rescale_bias_min
-        ).to(self.weight_type)
+        ).to(block.attention.wq.weight.dtype)
         per_patch = bias.repeat_interleave(self.config.patches_per_window, dim=1)
         # ONNX Runtime's Attention wants the full (F, 1, N, N) bias, not a broadcast row.
         mask = per_patch[:, None, None, :].expand(-1, 1, x.shape[1], -1)
-        return self.blocks[self.config.split_at - 1](x, mask)
+        return block(x, mask)
 
     def lower(self, frames: Tensor, fresh: Tensor, prev_pooled: Tensor) -> LowerOutput:
         """Run the part before removal; causal over frames, so it can be called chunk by chunk.
@@ -245,7 +251,8 @@ class VisionTower(nn.Module):
             x = self.blocks[index](x, mask)
             if index in self.config.taps:
                 tapped[index] = x
-        return torch.cat([tapped[tap] for tap in self.config.taps], dim=-1)
+        # The stream may have widened on the way.
+        return torch.cat([tapped[tap].to(x.dtype) for tap in self.config.taps], dim=-1)
 
     def in_window_order(self, pooled_patches: Tensor) -> Tensor:
         """Indices of patches in the towers' order, given row by row.

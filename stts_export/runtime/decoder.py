@@ -18,7 +18,7 @@ from stts_export.config import ModelConfig
 from stts_export.errors import InputError
 from stts_export.runtime.answer_text import AnswerText
 from stts_export.runtime.logits import Sampling, TokenChooser, TokenLogprob, log_probabilities
-from stts_export.tensors import ACTIVATION, Precision, past_names, present_names
+from stts_export.tensors import KvCache, Precision, cache_dtype, past_names, present_names
 
 OnToken = Callable[[int], None]
 
@@ -89,12 +89,18 @@ class KVCache:
         config: the model.
         precision: of the graph.
         capacity: most tokens; a graph that takes only one size gets that one.
+        kv_cache: type of the graph's cache; int8 is scaled within the graph.
     """
 
     def __init__(
-        self, runner: Runner, config: ModelConfig, precision: Precision, capacity: int
+        self,
+        runner: Runner,
+        config: ModelConfig,
+        precision: Precision,
+        capacity: int,
+        kv_cache: KvCache = "base",
     ) -> None:
-        text = config.text
+        text, dtype = config.text, cache_dtype(precision, kv_cache)
         capacity = runner.cache_capacity or capacity
         shape = (1, text.num_kv_heads, capacity, text.head_dim)
         names = [
@@ -107,12 +113,10 @@ class KVCache:
         self._runner = runner
         self._names = names
         self._has_two = not runner.updates_in_place
-        self.past = {past: runner.zeros(shape, ACTIVATION[precision]) for past, _ in names}
+        self.past = {past: runner.zeros(shape, dtype) for past, _ in names}
         """What the graph reads, by input name."""
         self.present = {
-            present: runner.zeros(shape, ACTIVATION[precision])
-            if self._has_two
-            else self.past[past]
+            present: runner.zeros(shape, dtype) if self._has_two else self.past[past]
             for past, present in names
         }
         """Where the graph writes, by output name."""

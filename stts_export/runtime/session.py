@@ -549,8 +549,9 @@ class Session:
         return Sequences(self.bundle, self.prompts)
 
     def _cache(self, capacity: int) -> decoder.KVCache:
-        precision = self.bundle.manifest.precision
-        return decoder.KVCache(self.runners[DECODER], self.config, precision, capacity)
+        manifest = self.bundle.manifest
+        runner = self.runners[DECODER]
+        return decoder.KVCache(runner, self.config, manifest.precision, capacity, manifest.kv_cache)
 
     def vision_runners(self) -> vision.Runners:
         """Graphs of the vision side."""
@@ -929,6 +930,13 @@ class _Ready:
 def _backend(bundle: Bundle, backend: str | None) -> str:
     """Return the back end to open: the one asked for, or the first that was built for."""
     built = list(dict.fromkeys(backend_of(target) for target in bundle.manifest.targets))
+    if not built:
+        raise InputError(
+            f"has graphs only: ONNX Runtime has no kernels for {bundle.manifest.precision_name}",
+            where=str(bundle.folder),
+            fix=f"stts-export build {bundle.folder} -o NEW_BUNDLE --backend "
+            f"{' or '.join(ENGINE_BACKENDS)}",
+        )
     if (backend or built[0]) not in built:
         raise InputError(
             f"was not built for back end {backend!r}",

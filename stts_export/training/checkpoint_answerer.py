@@ -7,7 +7,7 @@ N questions, L tokens, P tokens of what all questions of a clip have in common.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stts_export.checkpoint import model_from_checkpoint, open_checkpoint
+from stts_export.checkpoint import Checkpoint, model_from_checkpoint, open_checkpoint
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.limits import DEFAULT_MAX_FRAMES
@@ -40,6 +40,9 @@ from stts_export.tensors import IMAGE_POOL, LOWER_CHUNK, UPPER_CHUNK
 from stts_export.training.selectors import Selection, merge
 
 _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
+
+CacheObserver = Callable[[int, Tensor, Tensor], None]
+"""(layer, keys, values) each (N, kv_heads, L, d), as they are added to the cache."""
 
 
 class CheckpointAnswerer:
@@ -69,8 +72,10 @@ class CheckpointAnswerer:
         self.max_frames = max_frames
         self._max_fps = max_fps
         self._images = images or ImagePreprocessing()
+        self.cache_observer: CacheObserver | None = None
+        """Sees what is added to caches; for statistics."""
         self._refill = refill
-        self._device = model.language.embedding.device
+        self._device = _device_of(model)
 
     @property
     def config(self) -> ModelConfig:
@@ -110,7 +115,7 @@ class CheckpointAnswerer:
         crops, pooled = (
             torch.from_numpy(array).to(self._device) for array in (cut.crops, cut.pooled_patches)
         )
-        features = self.model.encode_images(crops, pooled)
+        features = self.model.encode_images(crops, pooled).float()
         return EncodedImage(features.cpu().numpy(), cut.grid, len(cut.crops), {})
 
     @torch.inference_mode()
@@ -129,7 +134,7 @@ class CheckpointAnswerer:
         is_visual = np.isin(sequences[0], list(self.config.tokens.visual))
         # Up to the last visual token, behind which every token sees only what comes before it.
         shared = 1 + int(np.flatnonzero(is_visual)[-1]) if is_visual.any() else 1
-        cache = _Cache(self.config.text.num_layers)
+        cache = _Cache(self.config.text.num_layers, self.cache_observer)
         self._read(cache, sequences[0][:shared], None if encoded is None else encoded.features)
         cache.repeat(len(sequences))
         new = self._continue(cache, [ids[shared:] for ids in sequences], shared, most)
@@ -150,7 +155,7 @@ class CheckpointAnswerer:
         language = self.model.language
         tokens = torch.from_numpy(ids).to(self._device)[None]
         if features is None:
-            x = language.lookup(tokens)
+            x = language.lookup(tokens).float()
         else:
             x = language.embed(tokens, torch.from_numpy(features).to(self._device))
         order = torch.arange(len(ids), device=self._device)[None]
@@ -187,7 +192,8 @@ class CheckpointAnswerer:
         causal = place[:, :, None] >= place[:, None, :]
         mask = torch.cat([seen[:, None, :].expand(-1, tokens.shape[1], -1), causal], dim=2)
         seen = torch.cat([seen, place < lengths[:, None]], dim=1)
-        x = language.transform(language.lookup(tokens), shared + place, mask[:, None], cache.write)
+        x = language.lookup(tokens).float()
+        x = language.transform(x, shared + place, mask[:, None], cache.write)
         last = x[torch.arange(len(tails), device=self._device), lengths - 1]
         new: list[list[int]] = [[] for _ in tails]
         ended = [False] * len(tails)
@@ -209,7 +215,10 @@ class CheckpointAnswerer:
             seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
             positions = (shared + lengths + step)[:, None]
             last = language.transform(
-                language.lookup(chosen[:, None]), positions, seen[:, None, None], cache.write
+                language.lookup(chosen[:, None]).float(),
+                positions,
+                seen[:, None, None],
+                cache.write,
             )[:, 0]
         return new
 
@@ -219,13 +228,17 @@ class _Cache:
 
     Args:
         layers: of the decoder.
+        observer: sees what every call adds.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, observer: CacheObserver | None = None) -> None:
+        self._observer = observer
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add (N, kv_heads, L, d) each; returns those of all tokens."""
+        if self._observer is not None:
+            self._observer(layer, key, value)
         before = self._layers[layer]
         if before is not None:
             key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
@@ -255,7 +268,7 @@ class CheckpointTower:
         self._vision = model.vision
         self._config = model.config.vision
         self._refill = refill
-        self._frames = torch.from_numpy(frames).to(model.language.embedding.device)
+        self._frames = torch.from_numpy(frames).to(_device_of(model))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -338,7 +351,7 @@ class CheckpointTower:
                 gather = torch.from_numpy(group.gather_window[part]).to(rows.device)
                 bins = rows[gather].flatten(1, 2)  # (m, n, G, D) -> (m, n*G, D)
                 target = group.feature_row[part]
-                found = self._vision.upper(bins)[torch.from_numpy(target >= 0)]
+                found = self._vision.upper(bins)[torch.from_numpy(target >= 0)].float()
                 features[torch.from_numpy(target[target >= 0])] = found
         return features.cpu().numpy()
 
@@ -371,22 +384,48 @@ def open_checkpoint_answerer(
     """
     place = _device(device)
     opened = open_checkpoint(source, revision=revision, tokenizer=tokenizer)
-    with opened.config_folder() as folder:
-        prompts = PromptBuilder.from_folder(folder, opened.config)
-        video = video_preprocessing(folder, opened.config.vision)
-        images = image_preprocessing(folder, opened.config.vision)
-    if max_frames is None:
-        max_frames = video.num_frames or DEFAULT_MAX_FRAMES
-    max_frames = as_integer(max_frames, "max_frames")
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else as_integer(threads, "threads"))
     try:
         model = model_from_checkpoint(opened).to(place)
-        yield CheckpointAnswerer(
-            model, prompts, max_frames, max_fps=video.max_fps, images=images, refill=refill
-        )
+        yield answerer_of(opened, model, max_frames, refill=refill)
     finally:
         torch.set_num_threads(before)
+
+
+def answerer_of(
+    source: Checkpoint, model: SttsModel, max_frames: int | None = None, *, refill: bool = True
+) -> CheckpointAnswerer:
+    """Let a model answer with what its checkpoint says about prompts and pictures.
+
+    Args:
+        source: where the model comes from.
+        model: of the checkpoint, or made from it.
+        max_frames: sampled frames of a video at most; what the checkpoint says when None.
+        refill: as for `CheckpointAnswerer`.
+
+    Raises:
+        InputError: the checkpoint has no tokenizer, or `max_frames` is not positive.
+    """
+    with source.config_folder() as folder:
+        prompts = PromptBuilder.from_folder(folder, source.config)
+        video = video_preprocessing(folder, source.config.vision)
+        images = image_preprocessing(folder, source.config.vision)
+    if max_frames is None:
+        max_frames = video.num_frames or DEFAULT_MAX_FRAMES
+    return CheckpointAnswerer(
+        model,
+        prompts,
+        as_integer(max_frames, "max_frames"),
+        max_fps=video.max_fps,
+        images=images,
+        refill=refill,
+    )
+
+
+def _device_of(model: SttsModel) -> torch.device:
+    """Return where a model runs: where its norms are, as matrices may still be on the disk."""
+    return model.language.norm.weight.device
 
 
 def _device(name: str | None) -> torch.device:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from stts_export import Session, __version__
 from stts_export.files import json_object, write_json
 from stts_export.probe import moving_clip
-from stts_export.tensors import PRECISIONS
+from tests.helpers import ON_CPU
 
 KIT_FILE = "kit.json"
 CLIP_FRAMES = 12
@@ -65,7 +65,7 @@ def make_kit(folder: Path) -> None:
     from tests.helpers import GOLDEN
 
     folder.mkdir(parents=True, exist_ok=True)
-    for precision in PRECISIONS:
+    for precision in ON_CPU:
         bundle = folder / f"golden-{precision}"
         bundle_from_checkpoint(GOLDEN, bundle, BuildSpec(precision=precision), force=True)
         np.savez(folder / f"golden-{precision}.npz", allow_pickle=False, **record(bundle))

@@ -14,9 +14,10 @@ from stts_export.build import BuildSpec, bundle_from_bundle
 from stts_export.engines import cuda
 from stts_export.engines.library import MODULES, TENSORRT, TENSORRT_RTX
 from stts_export.engines.tensorrt_rtx import TARGETS
-from stts_export.tensors import PRECISIONS, Precision
+from stts_export.tensors import Precision
 from tests.gpu.checks import check_graph_capture, check_results
 from tests.gpu.kit import PRUNE_RATIOS, Expected
+from tests.helpers import ON_CPU
 
 
 @pytest.fixture(scope="module", params=list(MODULES))
@@ -32,7 +33,7 @@ def backend(request: pytest.FixtureRequest, _gpu: None) -> str:
     return name
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+@pytest.fixture(scope="module", params=ON_CPU)
 def built(
     request: pytest.FixtureRequest,
     backend: str,

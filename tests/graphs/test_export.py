@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from stts_export.bundle import Bundle
+from stts_export.calibration.layers import Numerics
 from stts_export.errors import InputError, VerificationError
 from stts_export.graphs.check import check_graph
 from stts_export.graphs.export import export_graph
-from stts_export.graphs.modules import at_precision, module_for
+from stts_export.graphs.modules import module_for
 from stts_export.model.vlm import SttsModel
 from stts_export.tensors import (
     CONNECTOR,
     DECODER,
     DECOMPOSED,
-    PRECISIONS,
     VISION_LOWER,
     VISION_UPPER,
     VISION_UPPER_FRAMES,
@@ -26,7 +26,7 @@ from stts_export.tensors import (
     graph_specs,
     variant,
 )
-from tests.helpers import random_model, small_config
+from tests.helpers import ON_CPU, random_model, small_config
 
 _NUMPY_NAME = {
     onnx.TensorProto.FLOAT: "float32",
@@ -108,7 +108,7 @@ def test_no_path_of_the_exporting_machine_is_left(golden_bundle: Path):
         assert str(Path(__file__).parents[2]).encode() not in content
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ON_CPU)
 @pytest.mark.parametrize("scorer", [True, False])
 def test_a_square_grid_and_towers_without_scorer(
     tmp_path: Path, precision: Precision, scorer: bool
@@ -122,12 +122,12 @@ def test_a_square_grid_and_towers_without_scorer(
     )
     model = random_model(values, scorer=scorer, seed=1)
     for graph in (VISION_LOWER, DECODER):
-        export_graph(model, graph, precision, tmp_path)
-        export_graph(model, variant(graph, DECOMPOSED), precision, tmp_path)
+        export_graph(model, graph, Numerics(precision), tmp_path)
+        export_graph(model, variant(graph, DECOMPOSED), Numerics(precision), tmp_path)
 
 
 def test_fp16_never_rounds_what_stays_fp32(model: SttsModel):
-    half = at_precision(module_for(VISION_LOWER, model), "fp16").get_submodule("tower")
+    half = module_for(VISION_LOWER, model, "fp16").get_submodule("tower")
     full = model.vision
     assert half.get_parameter("blocks.0.attention.wq.weight").dtype == torch.float16
     for name in ("embedding", "scorer"):
@@ -148,9 +148,9 @@ def test_a_graph_that_differs_is_an_error(tmp_path: Path, graph: str):
         other.language.norm.weight.mul_(1.01)
     specs = graph_specs(exported.config, "fp32")
     for name in [name for name in specs if name.partition("-")[0] == graph]:
-        file = export_graph(exported, name, "fp32", tmp_path)
+        file = export_graph(exported, name, Numerics("fp32"), tmp_path)
         with pytest.raises(VerificationError, match=f"{name} .fp32.: .* differs from PyTorch"):
-            check_graph(specs[name], "fp32", file, other)
+            check_graph(specs[name], Numerics("fp32"), file, other)
 
 
 def test_fp16_overflow_is_found(tmp_path: Path):
@@ -158,4 +158,4 @@ def test_fp16_overflow_is_found(tmp_path: Path):
     with torch.no_grad():
         model.vision.blocks[3].get_parameter("feed_forward.w1.weight").mul_(1e5)
     with pytest.raises(InputError, match="precision fp32"):
-        export_graph(model, VISION_UPPER, "fp16", tmp_path)
+        export_graph(model, VISION_UPPER, Numerics("fp16"), tmp_path)

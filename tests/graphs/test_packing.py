@@ -9,14 +9,15 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from stts_export.calibration.layers import Numerics
 from stts_export.engines import onnxruntime
 from stts_export.errors import VerificationError
 from stts_export.graphs.check import check_graph
 from stts_export.graphs.export import export_graph
 from stts_export.model.vlm import SttsModel
 from stts_export.runtime import planner
-from stts_export.tensors import GATHER_WINDOWS, PRECISIONS, SELECT_PACK, Precision, graph_specs
-from tests.helpers import random_model
+from stts_export.tensors import GATHER_WINDOWS, SELECT_PACK, Precision, graph_specs
+from tests.helpers import ON_CPU, random_model
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +25,11 @@ def model() -> SttsModel:
     return random_model()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ON_CPU)
 def test_select_pack_is_one_node_of_the_plugin(
     model: SttsModel, tmp_path: Path, precision: Precision
 ):
-    file = export_graph(model, SELECT_PACK, precision, tmp_path)
+    file = export_graph(model, SELECT_PACK, Numerics(precision), tmp_path)
     written = onnx.load(file)
     spec = graph_specs(model.config, precision)[SELECT_PACK]
     (node,) = written.graph.node
@@ -49,11 +50,11 @@ def test_select_pack_is_one_node_of_the_plugin(
     assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ON_CPU)
 def test_gather_windows_gathers_the_planner_s_plan(
     model: SttsModel, tmp_path: Path, precision: Precision
 ):
-    file = export_graph(model, GATHER_WINDOWS, precision, tmp_path)
+    file = export_graph(model, GATHER_WINDOWS, Numerics(precision), tmp_path)
     vision = model.config.vision
     frames, W, G = 6, vision.windows, vision.patches_per_window
     dtype = {"fp32": np.float32, "fp16": np.float16}[precision]
@@ -74,7 +75,7 @@ def test_gather_windows_gathers_the_planner_s_plan(
 
 
 def test_other_windows_than_the_plan_s_are_an_error(model: SttsModel, tmp_path: Path):
-    file = export_graph(model, GATHER_WINDOWS, "fp32", tmp_path)
+    file = export_graph(model, GATHER_WINDOWS, Numerics("fp32"), tmp_path)
     written = ir.load(file)
     gather = next(node for node in written.graph if node.op_type == "Gather")
     plan = gather.inputs[1]
@@ -84,17 +85,17 @@ def test_other_windows_than_the_plan_s_are_an_error(model: SttsModel, tmp_path: 
     ir.save(written, file)
     spec = graph_specs(model.config, "fp32")[GATHER_WINDOWS]
     with pytest.raises(VerificationError, match="other windows than the plan says"):
-        check_graph(spec, "fp32", file, model)
+        check_graph(spec, Numerics("fp32"), file, model)
 
 
 def test_a_plugin_node_with_its_tensors_in_another_order_is_an_error(
     model: SttsModel, tmp_path: Path
 ):
-    file = export_graph(model, SELECT_PACK, "fp32", tmp_path)
+    file = export_graph(model, SELECT_PACK, Numerics("fp32"), tmp_path)
     written = onnx.load(file)
     outputs = written.graph.node[0].output
     outputs[2], outputs[3] = outputs[3], outputs[2]
     onnx.save(written, file)
     spec = graph_specs(model.config, "fp32")[SELECT_PACK]
     with pytest.raises(VerificationError, match="kept_window', 'kept_slot"):
-        check_graph(spec, "fp32", file, model)
+        check_graph(spec, Numerics("fp32"), file, model)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
+from stts_export.calibration.layers import Numerics
 from stts_export.checkpoint import open_checkpoint
 from stts_export.config import ModelConfig
 from stts_export.engines import onnxruntime
@@ -358,4 +359,4 @@ def test_a_decoder_whose_visual_tokens_are_causal(tmp_path: Path):
     model = random_model()
     model.config = model.language.config = replace(model.config, bidirectional_visual=False)
     for graph in (DECODER, variant(DECODER, DECOMPOSED)):
-        export_graph(model, graph, "fp32", tmp_path)
+        export_graph(model, graph, Numerics("fp32"), tmp_path)

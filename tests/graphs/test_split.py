@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from stts_export.calibration.layers import Numerics
 from stts_export.config import ModelConfig
 from stts_export.engines import onnxruntime
 from stts_export.errors import VerificationError
@@ -27,7 +28,6 @@ from stts_export.tensors import (
     ACTIVATION,
     CAPACITY,
     DECODER,
-    PRECISIONS,
     SCORES,
     SPLIT,
     Precision,
@@ -37,7 +37,7 @@ from stts_export.tensors import (
     present_names,
     variant,
 )
-from tests.helpers import random_model, small_config
+from tests.helpers import ON_CPU, random_model, small_config
 
 _SPLIT = variant(DECODER, SPLIT)
 _CAPACITY, _TURN = 90, 8
@@ -47,11 +47,11 @@ _CAPACITY, _TURN = 90, 8
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Decoders of several models."""
     folder = tmp_path_factory.mktemp("split")
-    for precision in PRECISIONS:
+    for precision in ON_CPU:
         for visual in ("bidirectional", "causal"):
             model = _model(visual)
             for graph in (DECODER, _SPLIT):
-                export_graph(model, graph, precision, folder / f"{visual}-{precision}")
+                export_graph(model, graph, Numerics(precision), folder / f"{visual}-{precision}")
     return folder
 
 
@@ -60,7 +60,7 @@ def visual(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=PRECISIONS)
+@pytest.fixture(params=ON_CPU)
 def precision(request: pytest.FixtureRequest) -> Precision:
     return request.param
 
@@ -268,9 +268,9 @@ def test_export_checks_a_prompt_of_several_turns(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(split, "_into_loop", broken)
     file = folder / "bidirectional-fp32"
     with pytest.raises(VerificationError, match=r"decoder-split \(fp32\): logits .* differs"):
-        export_graph(_model("bidirectional"), _SPLIT, "fp32", file)
+        export_graph(_model("bidirectional"), _SPLIT, Numerics("fp32"), file)
     monkeypatch.undo()
-    export_graph(_model("bidirectional"), _SPLIT, "fp32", file)
+    export_graph(_model("bidirectional"), _SPLIT, Numerics("fp32"), file)
 
 
 def test_sessions_run_it(small_bundle: Path, monkeypatch: pytest.MonkeyPatch):
@@ -290,7 +290,7 @@ def test_another_models_graph_differs(folder: Path):
     spec = graph_specs(other.config, "fp32")[_SPLIT]
     file = folder / "bidirectional-fp32" / graph_file(_SPLIT)
     with pytest.raises(VerificationError, match=r"decoder-split \(fp32\): logits .* differs"):
-        check_graph(spec, "fp32", file, other)
+        check_graph(spec, Numerics("fp32"), file, other)
     names = {path.name for path in file.parent.iterdir()}
     assert not {name for name in names if name.startswith("tmp")}
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from onnx.external_data_helper import ExternalDataInfo
 
+from stts_export.calibration.layers import Numerics
 from stts_export.checkpoint import open_checkpoint, save_checkpoint, streamed_model
 from stts_export.errors import InputError
 from stts_export.graphs.export import export_graph
 from stts_export.graphs.weights import WeightTensor
 from stts_export.model.vlm import SttsModel
-from stts_export.tensors import DATA_FILE, DECODER, PRECISIONS, Precision
-from tests.helpers import random_model, small_config
+from stts_export.tensors import DATA_FILE, DECODER, Precision
+from tests.helpers import ON_CPU, random_model, small_config
 
 
 def _external(file: Path) -> dict[str, tuple[int, int]]:
@@ -40,14 +41,14 @@ def _stored(model: SttsModel, folder: Path, *, tied: bool) -> SttsModel:
     return streamed_model(open_checkpoint(folder))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ON_CPU)
 def test_a_head_that_is_the_embedding_is_stored_once(tmp_path: Path, precision: Precision):
     table = "decoder.embedding decoder.new_embedding"
     sizes = []
     for tied in (True, False):
         folder = tmp_path / str(tied)
         model = _stored(random_model(), folder, tied=tied)
-        file = export_graph(model, DECODER, precision, folder / "onnx")
+        file = export_graph(model, DECODER, Numerics(precision), folder / "onnx")
         refs = _external(file)
         assert table in refs
         assert ("decoder.lm_head.weight" not in refs) is tied
@@ -59,7 +60,9 @@ def test_a_head_that_is_the_embedding_is_stored_once(tmp_path: Path, precision: 
 
 def test_weights_are_those_of_the_checkpoint(tmp_path: Path):
     source = random_model()
-    file = export_graph(_stored(source, tmp_path, tied=False), DECODER, "fp16", tmp_path / "onnx")
+    file = export_graph(
+        _stored(source, tmp_path, tied=False), DECODER, Numerics("fp16"), tmp_path / "onnx"
+    )
     refs = _external(file)
     data = file.with_name(DATA_FILE).read_bytes()
 
@@ -79,7 +82,7 @@ def test_weights_are_those_of_the_checkpoint(tmp_path: Path):
 
 def test_large_weights_begin_at_a_page(tmp_path: Path):
     model = random_model(small_config(**{"text_config.intermediate_size": 1024}))
-    file = export_graph(model, DECODER, "fp32", tmp_path)
+    file = export_graph(model, DECODER, Numerics("fp32"), tmp_path)
     large = [offset for offset, length in _external(file).values() if length >= 2**16]
     assert len(large) >= 4
     assert not any(offset % 2**16 for offset in large)
@@ -90,7 +93,7 @@ def test_a_weight_beyond_fp16_is_named(tmp_path: Path):
     with torch.no_grad():
         model.language.get_parameter("blocks.0.ff_out.weight")[3, 5] = 1e5
     with pytest.raises(InputError, match=r"ff_out.*1e\+05") as error:
-        export_graph(model, DECODER, "fp16", tmp_path)
+        export_graph(model, DECODER, Numerics("fp16"), tmp_path)
     assert "65504" in str(error.value)
     assert "--precision fp32" in str(error.value)
 
@@ -98,7 +101,7 @@ def test_a_weight_beyond_fp16_is_named(tmp_path: Path):
 def test_every_tensor_is_reported(tmp_path: Path):
     reports: list[tuple[int, int]] = []
     file = export_graph(
-        random_model(), DECODER, "fp32", tmp_path, lambda *report: reports.append(report)
+        random_model(), DECODER, Numerics("fp32"), tmp_path, lambda *report: reports.append(report)
     )
     count = len(_external(file))
     assert reports == [(done, count) for done in range(count + 1)]
@@ -116,6 +119,6 @@ def test_large_weights_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest
             yield piece
 
     monkeypatch.setattr(WeightTensor, "pieces", watched)
-    monkeypatch.setattr("stts_export.graphs.weights._PIECE_BYTES", 4 * 32 * 100)  # 100 rows
-    export_graph(model, DECODER, "fp16", tmp_path)
+    monkeypatch.setattr("stts_export.graphs.weights.PIECE_BYTES", 4 * 32 * 100)  # 100 rows
+    export_graph(model, DECODER, Numerics("fp16"), tmp_path)
     assert largest == 32 * 100

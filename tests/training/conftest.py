@@ -40,8 +40,6 @@ class Core:
     def trainee(self, *, labels: bool = False, sequence_length: int = 0, **options: bool | str):
         torch.manual_seed(1)
         heads = WindowLabels(SHAPE.text_width, 9, 8) if labels else None
-        if heads is not None:
-            heads.to(self.model.vision.weight_type)
         sequences = SequenceBuilder(self.prompts, sequence_length)
         return Trainee(self.model, heads, sequences, **options)  # type: ignore[arg-type]
 

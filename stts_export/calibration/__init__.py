@@ -1,0 +1,1 @@
+"""Precision and calibration: recipes, statistics of the pruned model, scales, gates."""
