@@ -48,7 +48,7 @@ from stts_export.bundle import (
 )
 from stts_export.calibration.formats import check_formats, needs_engines
 from stts_export.calibration.layers import Numerics
-from stts_export.calibration.recipe import Recipe
+from stts_export.calibration.recipe import Recipe, check_recipe_name
 from stts_export.chat_template import check_chat_template
 from stts_export.config import ModelConfig
 from stts_export.engines import tensorrt, tensorrt_rtx
@@ -144,6 +144,8 @@ class BuildSpec:
     """Device to find a recipe for, see `calibration.search.recipe_for_target`."""
 
     def __post_init__(self) -> None:
+        if self.precision is not None:
+            check_recipe_name(self.precision)
         for name, given in (("precision", self.precision), ("calibration", self.calibration)):
             if self.auto is not None and given is not None:
                 raise InputError(

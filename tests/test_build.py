@@ -52,8 +52,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "graphs_from_checkpoint", _stand_ins)
 
 
-def _stand_ins(source, folder, precision, *_):
-    for name in graph_specs(source.config, precision):
+def _stand_ins(source, folder, numerics, *_):
+    for name in graph_specs(source.config, numerics.precision):
         file = folder / GRAPH_FOLDER / graph_file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"graph")
@@ -62,8 +62,8 @@ def _stand_ins(source, folder, precision, *_):
 
 
 def _during_the_build(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    def graphs(source, folder, precision, *_):
-        _stand_ins(source, folder, precision)
+    def graphs(source, folder, numerics, *_):
+        _stand_ins(source, folder, numerics)
         action()
 
     monkeypatch.setattr(building, "graphs_from_checkpoint", graphs)

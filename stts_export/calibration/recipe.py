@@ -210,8 +210,8 @@ class Recipe:
         path = Path(name_or_path)
         if name in recipe_names():
             path = recipe_file(name)
-        elif path.suffix not in (".yaml", ".yml") and not path.is_file():
-            raise _unknown(name)
+        else:
+            check_recipe_name(name)
         return _recipe(*_read(path))
 
     @staticmethod
@@ -298,6 +298,18 @@ class Recipe:
 def recipe_names() -> tuple[str, ...]:
     """Names of the shipped recipes, sorted."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+def check_recipe_name(name: str) -> None:
+    """Refuse what is neither a shipped recipe nor a file, without reading it.
+
+    Raises:
+        InputError: it is neither.
+    """
+    path = Path(name)
+    is_file = path.suffix in (".yaml", ".yml") or path.is_file()
+    if not is_file and name not in recipe_names():
+        raise _unknown(name)
 
 
 def recipe_file(name: str) -> Path:
