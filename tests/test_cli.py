@@ -268,7 +268,7 @@ def test_build_and_its_errors(tmp_path: Path, small_checkpoint: Path, capsys):
     output = tmp_path / "bundle"
     arguments = ["build", str(small_checkpoint), "-o", str(output)]
     assert main([*arguments, "--precision", "int7"]) == 1
-    assert "fp32 or fp16" in capsys.readouterr().err
+    assert "did you mean 'int8'" in capsys.readouterr().err
     assert main(["build", str(tmp_path / "none"), "-o", str(output)]) == 1
     assert "no such folder" in capsys.readouterr().err
     assert not output.exists()

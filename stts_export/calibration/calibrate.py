@@ -130,13 +130,15 @@ class Calibration:
 def _cache(recipe: Recipe, file: Path) -> CacheScales | None:
     if recipe.kv_cache == "base":
         return None
-    with np.load(file, allow_pickle=False) as arrays:
+    # NumPy leaves a file open that it cannot read.
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
         return CacheScales(arrays["cache/keys"], arrays["cache/values"])
 
 
 def _layers(described: Mapping[str, Any], file: Path) -> dict[str, LayerQuantization]:
     layers = {}
-    with np.load(file, allow_pickle=False) as arrays:
+    # NumPy leaves a file open that it cannot read.
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
         for name, values in described.items():
             if values["format"] not in QUANTISED:
                 raise ValueError(f"{name} has format {values['format']!r}")

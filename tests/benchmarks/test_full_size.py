@@ -32,8 +32,8 @@ def test_a_tiny_run_measures_every_step(tmp_path: Path, capsys: pytest.CaptureFi
     results = json.loads(file.read_text(encoding="utf-8"))
     build = results["steps"]["build"]
     assert 0 < build["peak_anonymous"] <= build["peak_resident"] <= build["ru_maxrss"] * 1.01
-    assert [stage["stage"].partition(":")[0] for stage in build["stages"]][:2] == [
-        "start", "vision_lower",
+    assert [stage["stage"].partition(":")[0] for stage in build["stages"]][:3] == [
+        "start", "check the ranges of activations", "vision_lower",
     ]  # fmt: skip
     assert results["answer"]["new_tokens"] == results["answer_with_room"]["new_tokens"] == 4
     assert results["answer"]["room"] == 8 * 10**9

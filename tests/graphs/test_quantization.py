@@ -18,7 +18,7 @@ from stts_export.calibration.layers import (
     input_groups,
     layers_by_group,
 )
-from stts_export.calibration.rounding import quantised_weight, weight_scales
+from stts_export.calibration.rounding import quantised_weight
 from stts_export.errors import VerificationError
 from stts_export.graphs.check import check_graph
 from stts_export.graphs.export import export_graph
@@ -76,8 +76,8 @@ def _layers(model: SttsModel, target: Format, *groups: str) -> dict[str, LayerQu
 @pytest.mark.parametrize(
     ("target", "precision", "graphs"),
     [
-        ("int8", "fp32", (VISION_UPPER_FRAMES, DECODER)),
-        ("fp8", "fp16", (VISION_UPPER_FRAMES,)),
+        ("int8", "fp32", (VISION_UPPER, VISION_UPPER_FRAMES)),
+        ("fp8", "fp16", (CONNECTOR,)),
         ("int4", "fp16", (DECODER,)),
         ("nvfp4", "fp16", (DECODER,)),
     ],
@@ -92,14 +92,12 @@ def test_graphs_round_as_pytorch_does(
     layers = _layers(model, target, "vision", "connector", "decoder")
     weights = {}
     for graph in graphs:
-        if graph == VISION_UPPER_FRAMES:
-            export_graph(model, VISION_UPPER, Numerics(precision, layers), tmp_path)
         weights = _stored(export_graph(model, graph, Numerics(precision, layers), tmp_path))
-    name, ours = (
-        ("decoder.blocks.0.ff_proj", "language.blocks.0.ff_proj")
-        if DECODER in graphs
-        else ("tower.blocks.4.feed_forward.w1", "vision.blocks.4.feed_forward.w1")
-    )
+    name, ours = {
+        DECODER: ("decoder.blocks.0.ff_proj", "language.blocks.0.ff_proj"),
+        CONNECTOR: ("connector.w1", "vision.connector.w1"),
+        VISION_UPPER_FRAMES: ("tower.blocks.4.feed_forward.w1", "vision.blocks.4.feed_forward.w1"),
+    }[graphs[-1]]
     values = weights[f"{name}.weight.transposed.{target}"]
     weight = _linear(model, ours).weight.detach()
     expected = quantised_weight(weight, layers[ours], precision)
@@ -142,13 +140,18 @@ def test_every_layer_of_a_recipe_is_quantised_and_nothing_else(tmp_path: Path, m
     assert all(graph.initializers[name].dtype == ir.DataType.FLOAT for name in scorer)
 
 
-def test_variants_carry_the_same_scales(tmp_path: Path, model: SttsModel):
-    numerics = Numerics("fp16", _layers(model, "int8", "decoder"))
+def test_variants_carry_the_same_scales_and_a_quantised_head_is_a_matrix_of_its_own(
+    tmp_path: Path, model: SttsModel
+):
+    numerics = Numerics("fp16", _layers(model, "int8", "decoder", "head"))
     for name in (DECODER, variant(DECODER, DECOMPOSED), variant(DECODER, SPLIT)):
         export_graph(model, name, numerics, tmp_path)
     assert not list((tmp_path / "decoder").glob("tmp*"))
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "decoder").iterdir()}
     assert sum(name.endswith(".data") for name in sizes) == 1
+    weights = _stored(tmp_path / "decoder" / "model.onnx")
+    head = weights["decoder.lm_head.weight.transposed.int8"]
+    assert head.shape == (model.config.text.hidden_size, model.config.text.vocab_size)
 
 
 @pytest.mark.parametrize("what", ["transposed.scale", "q1.smooth", "q1.scale"])
@@ -167,16 +170,6 @@ def test_a_scale_in_the_wrong_place_is_found_out(tmp_path: Path, model: SttsMode
     ir.save(damaged, file)
     with pytest.raises(VerificationError, match="differs from PyTorch"):
         check_graph(graph_specs(model.config, "fp32")[CONNECTOR], numerics, file, model)
-
-
-def test_a_quantised_head_has_a_matrix_of_its_own(tmp_path: Path, model: SttsModel):
-    numerics = Numerics("fp16", _layers(model, "int8", "head"))
-    file = export_graph(model, DECODER, numerics, tmp_path)
-    kinds = {value.dtype for name, value in ir.load(file).graph.initializers.items()
-             if "lm_head.weight" in name and value.shape and len(value.shape) == 2}  # fmt: skip
-    assert kinds == {ir.DataType.INT8}
-    scales = weight_scales(numerics.layers["language.lm_head"], "fp16")
-    assert len(scales) == model.config.text.vocab_size
 
 
 def test_bf16_graphs_are_checked_too(tmp_path: Path, model: SttsModel):

@@ -40,6 +40,8 @@ class Core:
     def trainee(self, *, labels: bool = False, sequence_length: int = 0, **options: bool | str):
         torch.manual_seed(1)
         heads = WindowLabels(SHAPE.text_width, 9, 8) if labels else None
+        if heads is not None:
+            heads.to(self.model.language.norm.weight.dtype)
         sequences = SequenceBuilder(self.prompts, sequence_length)
         return Trainee(self.model, heads, sequences, **options)  # type: ignore[arg-type]
 
