@@ -79,7 +79,7 @@ def _layers(model: SttsModel, target: Format, *groups: str) -> dict[str, LayerQu
         ("int8", "fp32", (VISION_UPPER, VISION_UPPER_FRAMES)),
         ("fp8", "fp16", (CONNECTOR,)),
         ("int4", "fp16", (DECODER,)),
-        ("nvfp4", "fp16", (DECODER,)),
+        ("nvfp4", "fp16", (CONNECTOR,)),
     ],
 )
 def test_graphs_round_as_pytorch_does(
