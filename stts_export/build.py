@@ -303,7 +303,7 @@ def bundle_from_checkpoint(
             for check in report.missed():
                 log.warning("written by force: %s", check.line())
             files = list_files(partial, ignore=_LEFT_OUT)
-            return replace(made, judged=precision.judged(report), files=files)
+            return replace(made, judged=applied.judged(report), files=files)
 
         stamp = {
             **_fingerprint(spec, plan),

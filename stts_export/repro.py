@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from stts_export.bundle import GRAPH_FOLDER, ONNXRUNTIME, Bundle
 from stts_export.engines.library import TENSORRT_RTX
 from stts_export.engines.runner import fitting_profile
 from stts_export.errors import InputError, MissingDependencyError
-from stts_export.runtime.decoder import Runner
+from stts_export.runtime.decoder import ObservedRunner, Runner
 from stts_export.tensors import (
     CONNECTOR,
     DECODER,
@@ -64,7 +64,7 @@ class Call:
     outputs: Arrays
 
 
-class Recorder:
+class Recorder(ObservedRunner):
     """Runs a graph and keeps what went in and came out.
 
     Args:
@@ -75,22 +75,8 @@ class Recorder:
 
     def __init__(self, graph: str, runner: Runner, calls: list[Call]) -> None:
         self._graph = graph
-        self._runner = runner
+        super().__init__(runner)
         self._calls = calls
-        self.updates_in_place = runner.updates_in_place
-        self.cache_capacity = runner.cache_capacity
-
-    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        """See `decoder.Runner`."""
-        return self._runner.zeros(shape, dtype)
-
-    def to_host(self, array: Any) -> NDArray[Any]:
-        """See `decoder.Runner`."""
-        return self._runner.to_host(array)
-
-    def copy(self, target: Any, source: Any) -> None:
-        """See `decoder.Runner`."""
-        self._runner.copy(target, source)
 
     def __call__(
         self, inputs: dict[str, Any], in_place: dict[str, Any] | None = None

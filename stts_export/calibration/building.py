@@ -18,8 +18,10 @@ from stts_export.calibration.calibrate import (
     OnProgress,
     calibration_from_checkpoint,
     check_calibration,
+    check_folder,
     check_held_out,
     clips_of,
+    counted,
     ratio_of,
     reference_model,
 )
@@ -196,7 +198,6 @@ class Precision:
         """
         assert self.recipe.gates is not None
         found = self._clips(folder, on_progress)
-        done = on_progress
         with self._candidate(folder, numerics) as candidate:
             report = measure(
                 self.answerer,
@@ -207,7 +208,7 @@ class Precision:
                 gates=self.recipe.gates,
                 recipe_name=self.recipe.name,
                 base=self.recipe.base,
-                on_clip=done and (lambda number, total: done("held-out clips", number, total)),
+                on_clip=counted(on_progress, "held-out clips"),
             )
         (folder / REPORT_FOLDER).mkdir(exist_ok=True)
         write_json(folder / GATES_FILE, report.to_dict())
@@ -228,12 +229,6 @@ class Precision:
             return
         with Session.open(folder, ONNXRUNTIME) as session:
             yield BundleAnswerer(session)
-
-    def judged(self, report: QuantReport | None) -> Judged | None:
-        """What the manifest says about gates; None where none were asked for."""
-        if report is None:
-            return None
-        return Judged(report.passed, tuple(check.name for check in report.missed()))
 
 
 def precision_for_build(
@@ -261,11 +256,8 @@ def precision_for_build(
     if spec.auto is not None:
         return _searched(source, spec.auto, spec.clips, limits, output, on_plan, on_progress)
     recipe = Recipe.load(spec.precision or "fp32")
-    quantised = any(rule.quantised for rule in recipe.plan(source.config).values())
-    if recipe.gates is not None:
-        _check_packages(needs_scales=spec.calibration is None)
     for name, given in (("calibration", spec.calibration), ("clips", spec.clips)):
-        if given is not None and not quantised and recipe.gates is None:
+        if given is not None and recipe.gates is None:
             raise InputError(
                 f"{name} {given} is of no use: recipe {recipe.name} has nothing to calibrate or "
                 "judge",
@@ -273,7 +265,10 @@ def precision_for_build(
                 fix="leave it out, or choose another precision",
             )
     made = None if spec.calibration is None else Calibration.from_folder(spec.calibration)
-    return Precision(source, recipe, made, spec.clips, limits)
+    precision = Precision(source, recipe, made, spec.clips, limits)
+    if precision.is_quantised:
+        _check_packages(needs_scales=made is None)
+    return precision
 
 
 def _check_packages(*, needs_scales: bool) -> None:
@@ -300,6 +295,7 @@ def _searched(
     _check_packages(needs_scales=True)
     # What an interrupted search has collected serves the next one.
     work = output.with_name(f"{output.name}.search")
+    check_folder(work)  # it is removed in the end
     answerer = answerer_of(source, reference_model(source), limits.max_frames)
     found = recipe_for_target(
         source,
@@ -323,6 +319,11 @@ def _searched(
         )
     shutil.rmtree(work)
     return Precision(source, found.recipe, made, clips, limits)
+
+
+def judged(report: QuantReport) -> Judged:
+    """What a manifest says about gates."""
+    return Judged(report.passed, tuple(check.name for check in report.missed()))
 
 
 def missed_gates(

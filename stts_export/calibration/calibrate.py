@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +16,12 @@ import numpy as np
 from stts_export._version import __version__
 from stts_export.bundle import sha256
 from stts_export.calibration.cache_scales import CacheScales, cache_scales
-from stts_export.calibration.clips import ClipSet, open_clip_set
+from stts_export.calibration.clips import CalibrationClip, ClipSet, open_clip_set
 from stts_export.calibration.layers import QUANTISED, LayerQuantization
 from stts_export.calibration.methods import layers_from_statistics
 from stts_export.calibration.overflow import known_ranges
 from stts_export.calibration.recipe import Recipe
-from stts_export.calibration.statistics import BROKEN, collect, read_clip
+from stts_export.calibration.statistics import BROKEN, ModelStatistics, collect, read_clip
 from stts_export.checkpoint import Checkpoint, model_from_checkpoint, streamed_model
 from stts_export.checkpoint.streamed import sources
 from stts_export.config import ModelConfig
@@ -204,7 +204,7 @@ def clips_of(
         needs_calibration=recipe.calibration.clips,
         needs_held_out=recipe.calibration.held_out,
         image_size=max(config.vision.image_size),
-        on_progress=_counted(on_progress, "clips"),
+        on_progress=counted(on_progress, "clips"),
     )
 
 
@@ -247,7 +247,7 @@ def calibration_from_checkpoint(
             allowed=f"a recipe with {', '.join(QUANTISED)}, or kv_cache: int8",
             fix=f"build with --precision {recipe.name} as it is",
         )
-    _check_folder(output)
+    check_folder(output)
     is_new = not output.exists()
     try:
         found = clips_of(recipe, clips, output, source.config, on_progress)
@@ -260,28 +260,19 @@ def calibration_from_checkpoint(
         answerer = answerer_of(source, reference_model(source), max_frames)
     check_held_out(answerer, found)
     ratio = ratio_of(recipe, source.config, min_prune_ratio)
-    digest = checkpoint_digest(source)
-    statistics = collect(
-        answerer.model,
-        answerer,
-        found.calibration,
-        ratio,
-        output / _STATISTICS,
-        key=f"{digest} {answerer.max_frames}",
-        on_progress=_counted(on_progress, "statistics of clips"),
-    )
+    statistics = statistics_of(source, answerer, found.calibration, ratio, output, on_progress)
     layers = layers_from_statistics(
         source.config,
         sources(answerer.model),
         plan,
         statistics,
-        on_layer=_counted(on_progress, "scales of layers"),
+        on_layer=counted(on_progress, "scales of layers"),
     )
     made = Calibration(
         recipe,
         layers,
         None if recipe.kv_cache == "base" else cache_scales(statistics),
-        digest,
+        checkpoint_digest(source),
         None if clips is None else str(clips.absolute()),
         found.digest(),
         ratio,
@@ -291,6 +282,38 @@ def calibration_from_checkpoint(
     )
     made.to_folder(output)
     return made
+
+
+def statistics_of(
+    source: Checkpoint,
+    answerer: CheckpointAnswerer,
+    clips: Sequence[CalibrationClip],
+    ratio: float,
+    work: Path,
+    on_progress: OnProgress | None = None,
+) -> ModelStatistics:
+    """Collect statistics in a folder, where those of clips that were seen before are used again.
+
+    Args:
+        source: the checkpoint.
+        answerer: of its model.
+        clips: to collect on.
+        ratio: fraction of windows to remove.
+        work: folder of a calibration.
+        on_progress: called after every clip.
+
+    Raises:
+        InputError: as `statistics.collect`.
+    """
+    return collect(
+        answerer.model,
+        answerer,
+        clips,
+        ratio,
+        work / _STATISTICS,
+        key=f"{checkpoint_digest(source)} {answerer.max_frames}",
+        on_progress=counted(on_progress, "statistics of clips"),
+    )
 
 
 def check_held_out(answerer: CheckpointAnswerer, clips: ClipSet) -> None:
@@ -348,8 +371,12 @@ def check_calibration(
         )
 
 
-def _check_folder(output: Path) -> None:
-    """Refuse to write between files of others."""
+def check_folder(output: Path) -> None:
+    """Refuse to write between files of others.
+
+    Raises:
+        InputError: the folder holds what no calibration writes, or is none.
+    """
     known = {CALIBRATION_FILE, SCALES_FILE, _CLIPS, _STATISTICS}
     if output.is_dir():
         foreign = sorted(
@@ -367,7 +394,8 @@ def _check_folder(output: Path) -> None:
         raise InputError("is not a folder", where=str(output), fix="choose another name")
 
 
-def _counted(on_progress: OnProgress | None, what: str) -> Callable[[int, int], None] | None:
+def counted(on_progress: OnProgress | None, what: str) -> Callable[[int, int], None] | None:
+    """Return what reports numbers alone, of one thing that is done; None for nobody to tell."""
     if on_progress is None:
         return None
     return lambda done, total: on_progress(what, done, total)

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stts_export.config import ModelConfig
 from stts_export.engines import onnxruntime
 from stts_export.errors import InputError, VerificationError
 from stts_export.model.vlm import SttsModel
-from stts_export.runtime.decoder import Runner
+from stts_export.runtime.decoder import ObservedRunner, Runner
 from stts_export.runtime.session import Session
 from stts_export.tensors import (
     DECODER,
@@ -172,7 +172,7 @@ def tapped(
         yield opened, observations
 
 
-class _TappedRunner:
+class _TappedRunner(ObservedRunner):
     """Runs a graph and takes the rows of layers from its outputs.
 
     Args:
@@ -182,23 +182,9 @@ class _TappedRunner:
     """
 
     def __init__(self, runner: Runner, taps: Mapping[str, str], observations: Observations) -> None:
-        self._runner = runner
+        super().__init__(runner)
         self._taps = taps
         self._observations = observations
-        self.updates_in_place = runner.updates_in_place
-        self.cache_capacity = runner.cache_capacity
-
-    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        """See `decoder.Runner`."""
-        return self._runner.zeros(shape, dtype)
-
-    def to_host(self, array: Any) -> NDArray[Any]:
-        """See `decoder.Runner`."""
-        return self._runner.to_host(array)
-
-    def copy(self, target: Any, source: Any) -> None:
-        """See `decoder.Runner`."""
-        self._runner.copy(target, source)
 
     def __call__(
         self, inputs: dict[str, Any], in_place: dict[str, Any] | None = None

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from stts_export.calibration.calibrate import (
     OnProgress,
-    checkpoint_digest,
     clips_of,
+    counted,
     ratio_of,
     reference_model,
+    statistics_of,
 )
 from stts_export.calibration.clips import CalibrationClip
 from stts_export.calibration.formats import check_formats
@@ -38,7 +39,6 @@ from stts_export.calibration.observing import graph_of
 from stts_export.calibration.quant_report import GateCheck, QuantReport
 from stts_export.calibration.recipe import BLOCKS, Base, Gates, LayerRule, Method, Recipe, block_of
 from stts_export.calibration.rounding import rounded_model
-from stts_export.calibration.statistics import collect
 from stts_export.checkpoint import Checkpoint
 from stts_export.checkpoint.streamed import sources
 from stts_export.config import ModelConfig
@@ -332,15 +332,7 @@ class _Search:
         self._shapes = {
             name.removesuffix(".weight"): weight.shape for name, weight in self._weights.items()
         }
-        self._statistics = collect(
-            answerer.model,
-            answerer,
-            clips,
-            self._ratio,
-            work / "statistics",
-            key=f"{checkpoint_digest(source)} {answerer.max_frames}",
-            on_progress=self._counted("statistics of clips"),
-        )
+        self._statistics = statistics_of(source, answerer, clips, self._ratio, work, on_progress)
         self._known: dict[tuple[str, Format], LayerQuantization] = {}
         self._steps: list[Step] = []
         self._misses: list[tuple[float, Step]] = []
@@ -406,7 +398,7 @@ class _Search:
                 self._weights,
                 new,
                 self._statistics,
-                on_layer=self._counted("scales of layers"),
+                on_layer=counted(self._on_progress, "scales of layers"),
             )
             self._known |= {(name, how.format): how for name, how in found.items()}
         return {name: self._known[name, rule.format] for name, rule in plan.items()}
@@ -423,7 +415,7 @@ class _Search:
             gates=self._gates,
             recipe_name=self._recipe.name,
             base=_BASE,
-            on_clip=self._counted("clips that the search measures on"),
+            on_clip=counted(self._on_progress, "clips that the search measures on"),
         )
         worst = max(report.missed(), key=_excess, default=None)
         step = Step(
@@ -448,10 +440,6 @@ class _Search:
             where=self._recipe.name,
             fix="loosen the gates, or build with --precision fp32",
         )
-
-    def _counted(self, what: str) -> Callable[[int, int], None] | None:
-        report = self._on_progress
-        return report and (lambda done, total: report(what, done, total))
 
 
 def _named_rules(plan: _Plan) -> tuple[LayerRule, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stts_export.calibration.cache_scales import CacheScales
 from stts_export.calibration.rounding import quantise, rounded_scale
 from stts_export.errors import VerificationError
+from stts_export.graphs.weights import add_initializer
 from stts_export.model.vlm import SttsModel
 from stts_export.tensors import DECODER, Precision, past_names
 
@@ -84,15 +85,7 @@ def _refused(got: str) -> VerificationError:
 
 
 def _initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(array.shape),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
+    return add_initializer(graph, ir.tensor(array, name=name))
 
 
 def _stored(scale: NDArray[np.float32], precision: Precision) -> NDArray[np.float32]:

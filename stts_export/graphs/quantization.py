@@ -28,7 +28,14 @@ from stts_export.calibration.layers import (
 from stts_export.calibration.rounding import quantised_weight, rounded_scale
 from stts_export.checkpoint.streamed import Source
 from stts_export.errors import VerificationError
-from stts_export.graphs.weights import PIECE_BYTES, ArrayTensor, WeightTensor, WrittenTensor
+from stts_export.graphs.weights import (
+    PIECE_BYTES,
+    ArrayTensor,
+    WeightTensor,
+    WrittenTensor,
+    add_initializer,
+    is_plain_product,
+)
 from stts_export.tensors import Precision
 
 TRT_DOMAIN = "trt"
@@ -136,11 +143,8 @@ def _weight_name(node: ir.Node) -> str:
     weight = node.inputs[1].const_value
     if not isinstance(weight, WeightTensor) or len(weight.parts) > 1:
         return ""
-    plain = (0, 1, 1.0) if node.op_type == "Gemm" else None
-    if plain is not None:
-        if len(node.inputs) > 2 or not node.attributes.get_int("transB", 0):
-            return ""
-        return str(weight.name)
+    if node.op_type == "Gemm":
+        return str(weight.name) if is_plain_product(node, node.inputs[1]) else ""
     return str(weight.name).removesuffix(".transposed") if weight.transposed else ""
 
 
@@ -265,14 +269,7 @@ class _Builder:
         return self._initializer(tensor)
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(
-            name=tensor.name,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape.numpy()),
-            const_value=tensor,
-        )
-        self._graph.register_initializer(value)
-        return value
+        return add_initializer(self._graph, tensor)
 
     def _node(
         self,

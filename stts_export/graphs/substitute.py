@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from stts_export.calibration.layers import NVFP4_BLOCK
 from stts_export.graphs.quantization import TRT_DOMAIN
+from stts_export.graphs.weights import add_initializer
 
 _BF16, _FP4, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT
 
@@ -90,15 +91,7 @@ def _constant(graph: ir.Graph, node: ir.Node, array: NDArray[Any]) -> ir.Value:
     assert output.dtype is not None
     name = f"{output.name}.value"
     kind = np.float32 if output.dtype == _BF16 else output.dtype.numpy()
-    tensor = ir.tensor(array.astype(kind), name=name)
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(array.shape),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
+    return add_initializer(graph, ir.tensor(array.astype(kind), name=name))
 
 
 def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:

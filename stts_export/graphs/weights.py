@@ -217,13 +217,25 @@ def share_tables(graph: ir.Graph) -> None:
         if len(tensor.parts) > 1 or not users or len(users) < len(value.uses()):
             continue
         whole = next((table for table, held in tables if held.begins_with(tensor)), None)
-        if whole is not None and all(_is_plain_product(node, value) for node in users):
+        if whole is not None and all(is_plain_product(node, value) for node in users):
             for node in users:
                 _take_columns(graph, node, whole, tensor.parts[0].source.shape[0])
             del graph.initializers[str(value.name)]
 
 
-def _is_plain_product(node: ir.Node, value: ir.Value) -> bool:
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Add a constant of a graph under the name of the tensor."""
+    value = ir.Value(
+        name=tensor.name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(tensor.shape.numpy()),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def is_plain_product(node: ir.Node, value: ir.Value) -> bool:
     """Whether a Gemm is x @ value.T."""
     return node.attributes.get_int("transB", 0) == 1 and tuple(node.inputs[1:]) == (value,)
 
@@ -237,14 +249,7 @@ def _take_columns(graph: ir.Graph, node: ir.Node, table: ir.Value, count: int) -
     bounds = []
     for name, bound in (("first", 0), ("last", count), ("axis", 1)):
         tensor = ir.tensor([bound], dtype=ir.DataType.INT64, name=f"{old.name}.{name}")
-        limit = ir.Value(
-            name=tensor.name,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape([1]),
-            const_value=tensor,
-        )
-        graph.register_initializer(limit)
-        bounds.append(limit)
+        bounds.append(add_initializer(graph, tensor))
     whole = ir.Value(
         name=f"{old.name}.whole", type=old.type, shape=ir.Shape([old.shape[0], table.shape[0]])
     )

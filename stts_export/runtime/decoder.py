@@ -63,6 +63,31 @@ class Runner(Protocol):
         """Copy an array of the host or of its own memory into one of its own memory."""
 
 
+class ObservedRunner:
+    """A runner with the memory of another; what it does beside running the graph is up to it.
+
+    Args:
+        runner: what runs the graph.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.updates_in_place = runner.updates_in_place
+        self.cache_capacity = runner.cache_capacity
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """See `Runner`."""
+        return self._runner.zeros(shape, dtype)
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """See `Runner`."""
+        return self._runner.to_host(array)
+
+    def copy(self, target: Any, source: Any) -> None:
+        """See `Runner`."""
+        self._runner.copy(target, source)
+
+
 @dataclass(frozen=True)
 class Continuation:
     """New tokens and what they cost."""

@@ -92,7 +92,7 @@ class Fakes:
         fakes: dict[str, Any] = {
             "runnable_formats": RUNNABLE,
             "clips_of": lambda *_: clips,
-            "collect": lambda *_, **__: None,
+            "statistics_of": lambda *_, **__: None,
             "layers_from_statistics": self._layers,
             "rounded_model": lambda model, layers, _: dict(layers),
             "answerer_of": lambda _, model, __: model,
