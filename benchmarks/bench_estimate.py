@@ -26,12 +26,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks`, which is not installed
 
 from benchmarks.harness.timing import machine
+from stts_export.calibration.recipe import Recipe
 from stts_export.config import ModelConfig
 from stts_export.estimate import Estimate, estimate
+from stts_export.estimate_report import estimate_json
 from stts_export.files import write_json
 from stts_export.limits import kept_windows
 from stts_export.sizes import graph_bytes
-from stts_export.tensors import Precision
 from stts_export.training.config import ModelShape, model_json
 
 _SAMPLE_SECONDS = 0.002
@@ -49,7 +50,8 @@ class Case:
     name: str
     shape: ModelShape
     vocab_size: int
-    precision: Precision
+    precision: str
+    """Name of a recipe."""
     frames: int
     text_tokens: int
 
@@ -75,6 +77,8 @@ _SMALL_GRID = ModelShape(**_tower(768, 12, 3072, 8, 18), **_decoder(1536, 12, 4,
 CASES = (
     Case("narrow", _NARROW, 32_000, "fp32", 16, 1000),
     Case("narrow, half", _NARROW, 32_000, "fp16", 16, 1000),
+    Case("narrow, int8", _NARROW, 32_000, "int8", 16, 1000),
+    Case("narrow, int4", _NARROW, 32_000, "int4", 16, 1000),
     Case("real tower", _REAL_TOWER, 8_000, "fp32", 12, 500),
     Case("small grid", _SMALL_GRID, 50_000, "fp32", 32, 500),
 )
@@ -151,12 +155,15 @@ def measure_build(case: Case, folder: Path) -> dict[str, Any]:
     from stts_export.build import BuildSpec, bundle_from_checkpoint
     from stts_export.checkpoint import save_checkpoint
     from stts_export.model.vlm import SttsModel
+    from stts_export.training.tokenizer import build_tokenizer, save_tokenizer_files
 
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     if not checkpoint.is_dir():
         torch.manual_seed(0)
         config = ModelConfig.from_dict(values(case), has_scorer=True)
         save_checkpoint(SttsModel(config).eval(), checkpoint)
+        tokenizer, _ = build_tokenizer()
+        save_tokenizer_files(tokenizer, checkpoint, max_frames=case.frames)
         return {}
     stages: dict[str, int] = {}
     names: list[str] = []
@@ -169,7 +176,8 @@ def measure_build(case: Case, folder: Path) -> dict[str, Any]:
             names.append(stage.partition(":")[0])
 
         spec = BuildSpec(precision=case.precision, max_frames=case.frames)
-        bundle_from_checkpoint(checkpoint, bundle, spec, on_stage=on_stage)
+        # Random weights pass no gate.
+        bundle_from_checkpoint(checkpoint, bundle, spec, on_stage=on_stage, force=True)
         stages[names[-1]] = peak.take()
     graphs = bundle / "onnx"
     files = {
@@ -217,7 +225,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         built = _child([*step, "--measure", "build"])
         asked = _child([*step, "--measure", "session"])
     rows = list(_rows(case, planned, built, asked))
-    return {"case": case.name, "settings": asdict(planned.settings), "tokens": planned.tokens,
+    return {"case": case.name, "settings": estimate_json(planned)["settings"], "tokens": planned.tokens,
             "shape": asdict(case.shape), "vocab_size": case.vocab_size, "rows": rows}  # fmt: skip
 
 
@@ -231,7 +239,8 @@ def _rows(
     case: Case, planned: Estimate, built: dict[str, Any], asked: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     config = ModelConfig.from_dict(values(case), has_scorer=True)
-    sizes = graph_bytes(config, case.precision)
+    recipe = Recipe.load(case.precision)
+    sizes = graph_bytes(config, recipe.base, rules=recipe.plan(config))
     for folder in dict.fromkeys(file.partition("/")[0] for file in sizes):
         yield _row("file", folder, *(
             sum(size for file, size in side.items() if file.startswith(f"{folder}/"))

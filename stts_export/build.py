@@ -270,7 +270,10 @@ def bundle_from_checkpoint(
             )
     with readable_disk_errors(source.folder, partial):
         check_apart(output, [source.folder, *source.files], "checkpoint")
-        _check_fits(partial, plan, on_plan, tied=source.looks_tied, exported=False)
+        _check_fits(
+            partial, plan, on_plan, tied=source.looks_tied, exported=False,
+            calibrated=precision.given is not None,
+        )  # fmt: skip
 
         numerics = Numerics(recipe.base)
 
@@ -369,7 +372,7 @@ def bundle_from_bundle(
         plan = _plan(source.config, recipe, limits, spec, images, bundle)
         files = _copied_files(source)
         stored = files[f"{GRAPH_FOLDER}/{DECODER}/{DATA_FILE}"]["size"]
-        tied = looks_tied(source.config, plan.precision, stored)
+        tied = looks_tied(source.config, recipe.base, stored, recipe.plan(source.config))
         _check_fits(partial, plan, on_plan, tied=tied, exported=True)
 
         def fill(begin: Callable[[str], None]) -> None:
@@ -616,13 +619,19 @@ def _fingerprint(spec: BuildSpec, plan: _Plan) -> dict[str, Any]:
 
 
 def _check_fits(
-    partial: Path, plan: _Plan, on_plan: OnPlan | None, *, tied: bool, exported: bool
+    partial: Path,
+    plan: _Plan,
+    on_plan: OnPlan | None,
+    *,
+    tied: bool,
+    exported: bool,
+    calibrated: bool = False,
 ) -> None:
     """Say what the build will need, and refuse before hours are spent; see `check_build`."""
     lines = check_build(
         plan.config,
         output=partial,
-        precision=plan.precision,
+        recipe=plan.recipe,
         max_frames=plan.limits.max_frames,
         max_tokens=plan.limits.max_tokens,
         min_prune_ratio=plan.limits.min_prune_ratio,
@@ -632,6 +641,7 @@ def _check_fits(
         ),
         tied=tied,
         exported=exported,
+        calibrated=calibrated,
         done=sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()),
     )
     if on_plan:

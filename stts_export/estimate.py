@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stts_export.calibration.formats import check_formats
+from stts_export.calibration.recipe import Recipe
 from stts_export.config import ModelConfig
 from stts_export.devices import DEVICES, Device, find_device
 from stts_export.engines import tensorrt_rtx
@@ -41,7 +43,7 @@ from stts_export.limits import (
 )
 from stts_export.machine import available_memory, free_swap
 from stts_export.sizes import cache_bytes, graph_bytes, weights
-from stts_export.tensors import Precision
+from stts_export.tensors import PRECISIONS
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class _Source:
     config: ModelConfig
     tied: bool
     exported: bool
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class Estimate:
 def estimate(
     config: ModelConfig,
     *,
-    precision: Precision = "fp32",
+    precision: Recipe | str = "fp32",
     max_frames: int = DEFAULT_MAX_FRAMES,
     max_tokens: int | None = None,
     min_prune_ratio: float = 0.0,
@@ -141,7 +144,7 @@ def estimate(
 
     Args:
         config: the model.
-        precision: of the graphs.
+        precision: a recipe, the name of one, or its file; see `calibration.Recipe.load`.
         max_frames: longest clip.
         max_tokens: longest sequence; what the longest clip needs when None.
         min_prune_ratio: lowest ratio that the bundle will accept.
@@ -151,8 +154,8 @@ def estimate(
         exported: whether the graphs are there already, and only engines are built.
 
     Raises:
-        InputError: a setting is out of range or none that `build` takes, or the target is not known
-            or does not run the back end.
+        InputError: a setting is out of range or none that `build` takes, the target is not known
+            or does not run the back end, or the back end does not run the recipe's formats.
     """
     device = find_device(target) if isinstance(target, str) else target
     if backend is None:
@@ -163,8 +166,32 @@ def estimate(
         check_engine_frames(max_frames, "estimate")
     if device is not None:
         _check_runs(backend, device)
-    settings = Settings(precision, max_frames, max_tokens, min_prune_ratio, backend, old)
+    recipe = recipe_of(precision)
+    if device is not None:
+        _check_formats(recipe, backend, device)
+    settings = Settings(recipe, max_frames, max_tokens, min_prune_ratio, backend, old)
     return _estimate(_Source(config, tied, exported), settings, device)
+
+
+def _check_formats(recipe: Recipe, backend: str, device: Device) -> None:
+    """See `calibration.formats.check_formats`."""
+    library = device.tensorrt if backend == TENSORRT else None
+    version = ".".join(map(str, library)) if library else None
+    check_formats(recipe, backend, device.sm, version)
+
+
+def recipe_of(precision: Recipe | str) -> Recipe:
+    """Return a recipe; the plain ones are there without PyYAML.
+
+    Raises:
+        InputError: as `calibration.Recipe.load`.
+    """
+    if isinstance(precision, Recipe):
+        return precision
+    for base in PRECISIONS:
+        if precision == base:
+            return Recipe.plain(base)
+    return Recipe.load(precision)
 
 
 def _check_runs(backend: str, device: Device) -> None:
@@ -194,7 +221,7 @@ def _check_runs(backend: str, device: Device) -> None:
 
 def _estimate(source: _Source, settings: Settings, device: Device | None) -> Estimate:
     config, tied = source.config, source.tied
-    frames, precision = settings.max_frames, settings.precision
+    frames, precision = settings.max_frames, settings.recipe.base
     longest = config.text.max_position_embeddings
     wanted = needed_tokens(config, frames, settings.min_prune_ratio)
     needed = min(wanted, longest)
@@ -202,15 +229,16 @@ def _estimate(source: _Source, settings: Settings, device: Device | None) -> Est
     if settings.backend == ONNXRUNTIME:  # its cache has the length of the sequence at hand
         tokens = min(tokens, needed)
     windows = min(kept_windows(config, frames, settings.min_prune_ratio), tokens)
-    held = weights(config, tied=tied)
-    files = graph_bytes(config, precision, tied=tied)
+    rules = settings.recipe.plan(config)
+    held = weights(config, tied=tied, rules=rules)
+    files = graph_bytes(config, precision, tied=tied, rules=rules)
     engines: dict[str, int] = {}
     if settings.backend != ONNXRUNTIME:
         engines = {name: held[name].nbytes(precision) + ENGINE_CODE for name in held}
         if config.vision.pruning is not None:
             engines |= dict.fromkeys(plain_engines(settings.backend), 100_000)
     room = device.usable if device else None
-    plan = Plan(config, settings, tokens, windows, held, tied, room)
+    plan = Plan(config, settings, tokens, windows, rules, held, tied, room)
     on_cpu = settings.backend == ONNXRUNTIME
     return Estimate(
         settings=settings,
@@ -219,8 +247,12 @@ def _estimate(source: _Source, settings: Settings, device: Device | None) -> Est
         windows=windows,
         files=files,
         engines=engines,
-        stages=tuple(build_stages(plan, files, engines, source.exported)),
-        cache_per_token=cache_bytes(config, precision, 1),
+        stages=tuple(
+            build_stages(
+                plan, files, engines, exported=source.exported, calibrated=source.calibrated
+            )
+        ),
+        cache_per_token=cache_bytes(config, precision, 1, settings.recipe.kv_cache),
         parts=tuple(cpu_parts(plan) if on_cpu else gpu_parts(plan, engines)),
         host=0 if on_cpu else PROCESS + GPU_HOST,
         with_copies=peak(cpu_parts(replace(plan, room=None))) if on_cpu else None,
@@ -276,7 +308,8 @@ def refusal(planned: Estimate) -> InputError | None:
 def nearest(planned: Estimate) -> list[tuple[str, Estimate]]:
     """Settings near those of an estimate with which a session fits.
 
-    One change at a time, each as small as is enough; when none is, the same at fp16. And the
+    One change at a time, each as small as is enough: fp16 before int4 weights in the decoder. When
+    none is, the same at fp16. And the
     smallest device, of the same kind if there is one, that takes the settings as they are.
 
     Returns:
@@ -289,23 +322,44 @@ def nearest(planned: Estimate) -> list[tuple[str, Estimate]]:
     def tried(changed: Settings, on: Device = device) -> Estimate:
         return _estimate(source, changed, on)
 
-    found = list(_single_changes(source.config, settings, tried, planned.tokens, source.exported))
-    if not found and settings.precision != "fp16" and not source.exported:
-        half = replace(settings, precision="fp16")
-        found = [
-            (f"--precision fp16 {text}", fitting)
-            for text, fitting in _single_changes(source.config, half, tried, planned.tokens, False)
-        ]
+    def changes(start: Settings) -> Iterator[tuple[str, Estimate]]:
+        return _single_changes(source.config, start, tried, planned.tokens)
+
+    smaller = {} if source.exported else _smaller_recipes(settings, device)
+    fitting = ((name, tried(replace(settings, recipe=one))) for name, one in smaller.items())
+    found = [(f"--precision {name}", one) for name, one in fitting if one.fits][:1]
+    found += changes(settings)
+    if not found and "fp16" in smaller:
+        half = replace(settings, recipe=smaller["fp16"])
+        found = [(f"--precision fp16 {text}", one) for text, one in changes(half)]
     by_kind = sorted(
         DEVICES.values(), key=lambda item: (item.unified != device.unified, item.memory)
     )
     for other in by_kind:
         if settings.backend == ONNXRUNTIME and not other.unified:
             continue  # its memory is not what the process has
-        there = tried(_on_device(settings, other), other)
-        if there.fits:
-            return [*found, (f"--target {other.name}", there)]
+        there = _on_device(settings, other)
+        if _runs(there.recipe, there.backend, other) and tried(there, other).fits:
+            return [*found, (f"--target {other.name}", tried(there, other))]
     return found
+
+
+def _smaller_recipes(settings: Settings, device: Device) -> dict[str, Recipe]:
+    """Recipes that take less than a plain one and run on a device, the closest to it first."""
+    base = settings.recipe.base
+    if base == "bf16" or settings.recipe.gates is not None:
+        return {}  # somebody has chosen
+    smaller = {"fp16": Recipe.plain("fp16")} if base == "fp32" else {}
+    int4 = Recipe.load("int4")
+    return {**smaller, "int4": int4} if _runs(int4, settings.backend, device) else smaller
+
+
+def _runs(recipe: Recipe, backend: str, device: Device) -> bool:
+    try:
+        _check_formats(recipe, backend, device)
+    except InputError:
+        return False
+    return True
 
 
 def _on_device(settings: Settings, device: Device) -> Settings:
@@ -324,13 +378,8 @@ def _single_changes(
     settings: Settings,
     tried: Callable[[Settings], Estimate],
     tokens: int,
-    exported: bool,
 ) -> Iterator[tuple[str, Estimate]]:
-    """The smallest change of each setting that is enough by itself."""
-    if settings.precision != "fp16" and not exported:
-        half = tried(replace(settings, precision="fp16"))
-        if half.fits:
-            yield "--precision fp16", half
+    """The smallest change of each length or ratio that is enough by itself."""
     frames = _largest(
         lambda value: tried(replace(settings, max_frames=value)).fits, 1, settings.max_frames - 1
     )
@@ -371,13 +420,14 @@ def check_build(
     config: ModelConfig,
     *,
     output: Path,
-    precision: Precision,
+    recipe: Recipe,
     max_frames: int,
     max_tokens: int,
     min_prune_ratio: float,
     backends: tuple[tuple[str, bool], ...] = (),
     tied: bool = False,
     exported: bool = False,
+    calibrated: bool = False,
     done: int = 0,
 ) -> list[str]:
     """Say what a build will need, and refuse one that this machine cannot hold, before it starts.
@@ -385,13 +435,14 @@ def check_build(
     Args:
         config: the model.
         output: folder to write, or its working folder; need not exist.
-        precision: of the graphs.
+        recipe: number formats.
         max_frames: longest clip.
         max_tokens: longest sequence.
         min_prune_ratio: lowest ratio.
         backends: (back end, whether its graphs are decomposed) of every set of engines.
         tied: see `estimate`.
         exported: whether the graphs come from a bundle.
+        calibrated: whether the recipe's scales are there already.
         done: bytes that an interrupted build has written already.
 
     Returns:
@@ -402,8 +453,8 @@ def check_build(
     """
     plans = [
         _estimate(
-            _Source(config, tied, exported or index > 0),
-            Settings(precision, max_frames, max_tokens, min_prune_ratio, backend, decomposed),
+            _Source(config, tied, exported or index > 0, calibrated),
+            Settings(recipe, max_frames, max_tokens, min_prune_ratio, backend, decomposed),
             None,
         )
         for index, (backend, decomposed) in enumerate(backends or ((ONNXRUNTIME, False),))
@@ -417,7 +468,7 @@ def check_build(
     places = (output.absolute(), *output.absolute().parents)
     folder = next(place for place in places if place.exists())
     usage = shutil.disk_usage(folder)
-    smaller = "" if exported or precision == "fp16" else ", or build with --precision fp16"
+    smaller = "" if exported or recipe.base != "fp32" else ", or build with --precision fp16"
     if usage.total and usage.free < disk - done:  # /proc has no total
         raise InputError(
             f"{readable_size(usage.free)} free",

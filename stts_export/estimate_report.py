@@ -6,16 +6,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stts_export.calibration.recipe import Recipe
 from stts_export.config import ModelConfig
 from stts_export.devices import THIS, Device, find_device
 from stts_export.engines.library import ONNXRUNTIME
 from stts_export.errors import InputError
-from stts_export.estimate import Estimate, estimate, nearest
+from stts_export.estimate import Estimate, estimate, nearest, recipe_of
 from stts_export.files import json_object, readable_size
 from stts_export.limits import DEFAULT_MAX_FRAMES, narrowed
 from stts_export.machine import available_memory, total_memory
 from stts_export.sizes import looks_tied
-from stts_export.tensors import DATA_FILE, DECODER, PRECISIONS, Precision
+from stts_export.tensors import DATA_FILE, DECODER
 
 
 def estimate_source(
@@ -54,7 +55,7 @@ def estimate_source(
         found = _of_checkpoint(source, revision, precision, asked)
     return estimate(
         found.config,
-        precision=found.precision,
+        precision=found.recipe,
         max_frames=found.max_frames,
         max_tokens=found.max_tokens,
         min_prune_ratio=found.min_prune_ratio,
@@ -79,7 +80,7 @@ class _Found:
     """What a folder says."""
 
     config: ModelConfig
-    precision: Precision
+    recipe: Recipe
     max_frames: int
     max_tokens: int | None
     min_prune_ratio: float
@@ -104,7 +105,7 @@ def _of_checkpoint(
         with checkpoint.config_folder() as configs:
             frames = video_preprocessing(configs, config.vision).num_frames
     return _Found(
-        config, _precision(precision or "fp32"),
+        config, recipe_of(precision or "fp32"),
         (frames or DEFAULT_MAX_FRAMES) if asked.max_frames is None else asked.max_frames,
         asked.max_tokens, asked.min_prune_ratio or 0.0, tied, False,
     )  # fmt: skip
@@ -140,9 +141,9 @@ def _of_bundle(folder: Path, precision: str | None, asked: _Asked) -> _Found:
 
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
-    if precision not in (None, manifest.precision):
+    if precision not in (None, manifest.precision_name):
         raise InputError(
-            f"precision {precision}, but the bundle's graphs are {manifest.precision}",
+            f"precision {precision}, but the bundle's graphs are {manifest.precision_name}",
             where=str(folder),
             fix=f"leave --precision out, or estimate {precision} from the checkpoint",
         )
@@ -154,20 +155,14 @@ def _of_bundle(folder: Path, precision: str | None, asked: _Asked) -> _Found:
         min_prune_ratio=asked.min_prune_ratio,
     )
     stored = manifest.files[f"{GRAPH_FOLDER}/{DECODER}/{DATA_FILE}"]["size"]
-    tied = looks_tied(bundle.config, manifest.precision, stored)
+    recipe = Recipe.from_dict(manifest.recipe, str(folder))
+    tied = looks_tied(bundle.config, recipe.base, stored, recipe.plan(bundle.config))
     longest = bundle.config.text.max_position_embeddings
     return _Found(
-        bundle.config, manifest.precision, limits.max_frames,
+        bundle.config, recipe, limits.max_frames,
         limits.max_tokens if limits.max_tokens < longest else None,
         limits.min_prune_ratio, tied, True,
     )  # fmt: skip
-
-
-def _precision(text: str) -> Precision:
-    for known in PRECISIONS:
-        if text == known:
-            return known
-    raise InputError(f"precision {text!r}", where="estimate", allowed=" or ".join(PRECISIONS))
 
 
 def _this_device(backend: str | None) -> Device | None:
@@ -208,7 +203,14 @@ def estimate_json(planned: Estimate) -> dict[str, Any]:
     """Plain values of an estimate."""
     device, settings = planned.device, planned.settings
     return {
-        "settings": asdict(settings),
+        "settings": {
+            "precision": settings.recipe.name,
+            "max_frames": settings.max_frames,
+            "max_tokens": settings.max_tokens,
+            "min_prune_ratio": settings.min_prune_ratio,
+            "backend": settings.backend,
+            "decomposed": settings.decomposed,
+        },
         "tokens": planned.tokens,
         "wanted_tokens": planned.wanted,
         "windows": planned.windows,
@@ -247,7 +249,7 @@ def estimate_text(planned: Estimate) -> str:
     where = f" on {device.label}" if device else ""
     graphs = ", decomposed graphs" if settings.decomposed else ""
     lines = [
-        f"{settings.backend}{graphs}{where}, {settings.precision}, up to {settings.max_frames} "
+        f"{settings.backend}{graphs}{where}, {settings.recipe.name}, up to {settings.max_frames} "
         f"frames, prune ratio {settings.min_prune_ratio:g} or more: {planned.windows} windows, "
         f"{planned.tokens} tokens",
     ]

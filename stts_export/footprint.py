@@ -9,21 +9,23 @@ I inner width of a feed-forward, C decoder width, L tokens of a call.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from stts_export.calibration.formats import needs_engines
+from stts_export.calibration.layers import Format, input_groups
+from stts_export.calibration.recipe import LayerRule, Recipe
 from stts_export.config import ModelConfig
 from stts_export.engines.library import BACKENDS, ONNXRUNTIME, TENSORRT
-from stts_export.engines.onnxruntime import COPIES, ROOM
+from stts_export.engines.onnxruntime import COPIES, ROOM, converts_weights
 from stts_export.errors import InputError
 from stts_export.limits import DEFAULT_MAX_FRAMES
 from stts_export.probe import CHECKED_FRAMES
-from stts_export.sizes import BYTES, Weights, cache_bytes
+from stts_export.sizes import BYTES, Tensor, Weights, cache_bytes
 from stts_export.tensors import (
     CONNECTOR,
     DECODER,
     GATHER_WINDOWS,
     LOWER_CHUNK,
-    PRECISIONS,
     SCORES,
     SELECT_PACK,
     UPPER_CHUNK,
@@ -79,7 +81,7 @@ class Stage:
 class Settings:
     """What is planned; see `BuildSpec` for the words."""
 
-    precision: Precision = "fp32"
+    recipe: Recipe = field(default_factory=lambda: Recipe.plain("fp32"))
     max_frames: int = DEFAULT_MAX_FRAMES
     max_tokens: int | None = None
     """What the longest clip needs when None."""
@@ -89,10 +91,6 @@ class Settings:
     """Whether engines are built from the decomposed graphs, for TensorRT before 10.15."""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise InputError(
-                f"precision {self.precision!r}", where="estimate", allowed=" or ".join(PRECISIONS)
-            )
         if self.backend not in BACKENDS:
             raise InputError(
                 f"back end {self.backend!r}", where="estimate", allowed=" or ".join(BACKENDS)
@@ -114,15 +112,35 @@ class Plan:
     settings: Settings
     tokens: int
     windows: int
+    rules: dict[str, LayerRule] = field(repr=False)
+    """Of layers whose format is not the base."""
     held: dict[str, Weights] = field(repr=False)
     tied: bool
     room: int | None = None
     """Memory that a session finds free on ONNX Runtime; enough for copies of weights when None."""
 
     @property
+    def precision(self) -> Precision:
+        """Type of the graphs."""
+        return self.settings.recipe.base
+
+    @property
     def size(self) -> int:
         """Bytes of an activation in the graphs' type."""
-        return BYTES[self.settings.precision]
+        return BYTES[self.precision]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether scales have to be found."""
+        return self.settings.recipe.kv_cache == "int8" or any(
+            rule.quantised for rule in self.rules.values()
+        )
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the keys and values of the longest sequence."""
+        kv_cache = self.settings.recipe.kv_cache
+        return cache_bytes(self.config, self.precision, self.tokens, kv_cache)
 
     @property
     def patches(self) -> int:
@@ -172,6 +190,12 @@ measured here."""
 _TURN = 1.6
 """Memory of a turn of the decoder's attention, per score of it."""
 _CASTS = 1.16
+_INT4 = 1.2
+"""Bytes of a weight in int4 when it is packed, with its scales."""
+_TWICE = 2 * _FLOAT
+"""Bytes of a weight in 8 bits while it is converted to fp32; of an fp16 graph, where it becomes
+fp16 first, twice as many. These two were measured with ONNX Runtime 1.31 on layers of 4096 x 8192
+numbers (`benchmarks/bench_quantised_memory.py`)."""
 _ARENA = 1.25
 """Memory that ONNX Runtime's arena holds, per byte that is in use at the peak of a call."""
 
@@ -180,14 +204,16 @@ def cpu_parts(plan: Plan) -> Iterator[Part]:
     """Memory of a process that runs a bundle on ONNX Runtime's CPU provider.
 
     What a call has used stays with the graph, for the next one. Not so where weights stay in their
-    file: there no arena is kept, and fp16 weights of an operator are converted when it runs.
+    file: there no arena is kept, and fp16 weights of an operator are converted when it runs. Nor
+    where 8-bit weights are converted on every call.
     """
     lean = lean_graphs(plan)
-    text, precision = plan.config.text, plan.settings.precision
-    half = precision == "fp16"
+    formats = {rule.format for rule in plan.rules.values()}
+    unkept = set(_SESSION_GRAPHS) if converts_weights(plan.precision, formats) else lean
+    text, half = plan.config.text, plan.precision == "fp16"
     yield Part("Python and libraries", PROCESS)
     for name in _SESSION_GRAPHS:
-        yield Part(f"{name}: weights", 0 if name in lean else _copies(plan, name))
+        yield Part(f"{name}: weights", _copies(plan, name, lean=name in lean))
     if half and DECODER not in lean:  # it is packed while its conversion is held
         yield Part(f"{DECODER}: output head, converted", _head(plan), "open")
     yield Part("frames", plan.pixels, "encode")
@@ -197,15 +223,14 @@ def cpu_parts(plan: Plan) -> Iterator[Part]:
         (VISION_UPPER, plan.upper_bins, "bins", _cpu_upper(plan)),
     ):
         title = f"{name}: a call of {count} {unit}"
-        if name in lean:
+        if name in unkept:
             yield Part(title, int(call + _largest_product(plan, name)), "encode")
         else:
             yield Part(title, int(call * _ARENA), "called")
     yield Part("features", plan.features, "called")
-    cache = cache_bytes(plan.config, precision, plan.tokens)
-    yield Part(f"KV cache of {plan.tokens} tokens", cache, "answer")
+    yield Part(f"KV cache of {plan.tokens} tokens", plan.cache, "answer")
     title, call = f"{DECODER}: prefill of {plan.tokens} tokens", _cpu_prefill(plan)
-    if DECODER not in lean:
+    if DECODER not in unkept:
         yield Part(title, int(call * _ARENA), "called")
         return
     at_head = plan.tokens * text.hidden_size * _FLOAT + (_head(plan) if half else 0)
@@ -222,16 +247,38 @@ def lean_graphs(plan: Plan) -> frozenset[str]:
         return frozenset()
     lean, free = set(), plan.room - PROCESS
     for graph in _SESSION_GRAPHS:
-        if COPIES * plan.held[graph].nbytes(plan.settings.precision) > ROOM * free:
+        if COPIES * plan.held[graph].nbytes(plan.precision) > ROOM * free:
             lean.add(graph)
         else:
             free -= _copies(plan, graph)
     return frozenset(lean)
 
 
-def _copies(plan: Plan, graph: str) -> int:
-    """Bytes of a graph's weights when all matrices are packed to be multiplied."""
-    return plan.held[graph].on_cpu() + (_head(plan) if graph == DECODER and plan.tied else 0)
+def _copies(plan: Plan, graph: str, *, lean: bool = False) -> int:
+    """Bytes of a graph's weights when all matrices are packed to be multiplied.
+
+    Those in int4 are packed even where the others stay in their file.
+    """
+    tensors = [t for t in plan.held[graph].tensors if not lean or t.format == "int4"]
+    held = sum(_copy(plan, tensor) for tensor in tensors)
+    return held + (_head(plan) if graph == DECODER and plan.tied and not lean else 0)
+
+
+def _copy(plan: Plan, tensor: Tensor) -> int:
+    """Bytes in memory of a tensor, which the CPU multiplies in fp32 if it is no integer.
+
+    Tables are read from their file, whose pages the system can drop, and so are weights that are
+    converted on every call. Scales count as a part of what they scale.
+    """
+    if tensor.kind in ("table", "scale") or (tensor.format and _converts(plan, tensor.format)):
+        return 0
+    if tensor.format == "int4":
+        return int(tensor.count * _INT4)
+    return tensor.count * (1 if tensor.format == "int8" else _FLOAT)
+
+
+def _converts(plan: Plan, stored: Format) -> bool:
+    return converts_weights(plan.precision, (stored,))
 
 
 def _head(plan: Plan) -> int:
@@ -242,11 +289,16 @@ def _head(plan: Plan) -> int:
 
 
 def _largest_product(plan: Plan, graph: str) -> int:
-    """Bytes in fp32 of the largest matrix that is converted for a call, but for the head."""
-    if plan.settings.precision == "fp32":
-        return 0
-    matrices = (t for t in plan.held[graph].tensors if t.transposed and not t.is_fp32)
-    return max(tensor.count for tensor in matrices) * _FLOAT
+    """Bytes of the largest matrix that is converted for a call, but for the head."""
+    matrices = (t for t in plan.held[graph].tensors if t.transposed and t.format != "fp32")
+    return max((_conversion(plan, tensor) for tensor in matrices), default=0)
+
+
+def _conversion(plan: Plan, tensor: Tensor) -> int:
+    """Bytes that a matrix takes while it is converted to fp32."""
+    if tensor.format and _converts(plan, tensor.format):
+        return tensor.count * (_TWICE if plan.precision == "fp32" else 2 * _TWICE)
+    return 0 if plan.precision == "fp32" and tensor.format is None else tensor.count * _FLOAT
 
 
 def _cpu_lower(plan: Plan) -> int:
@@ -263,7 +315,7 @@ def _cpu_upper(plan: Plan) -> int:
 
 def _casts(plan: Plan) -> float:
     """What fp16 adds: the CPU computes in fp32, and holds both."""
-    return _CASTS if plan.settings.precision == "fp16" else 1.0
+    return _CASTS if plan.precision == "fp16" else 1.0
 
 
 def _cpu_block(plan: Plan) -> int:
@@ -313,8 +365,7 @@ def gpu_parts(plan: Plan, engines: dict[str, int]) -> Iterator[Part]:
     yield Part("results of a call", plan.upper_bins * vision.windows * width * plan.size)
     yield Part("features of a prompt", plan.features, "answer")
     buffers = 2 if plan.settings.decomposed else 1
-    cache = cache_bytes(config, plan.settings.precision, plan.tokens)
-    yield Part(f"KV cache of {plan.tokens} tokens", buffers * cache, "answer")
+    yield Part(f"KV cache of {plan.tokens} tokens", buffers * plan.cache, "answer")
     yield Part("logits", config.text.vocab_size * _FLOAT)
 
 
@@ -354,6 +405,8 @@ def _gpu_prefill(plan: Plan) -> int:
 
 _EXPORTER = 360_000_000
 """Python with torch, onnx and the exporter, once a graph was traced."""
+_SAMPLES = 256
+"""Rows of a layer's input that calibration samples; `calibration.statistics.ROWS`."""
 _TRACED = 3_400_000
 """What stays with the process of each block or layer that was traced. This and the former were
 fitted to the stages of `benchmarks/results/full_size_4b.json`."""
@@ -380,19 +433,69 @@ def _export_memory(plan: Plan, graph: str) -> int:
     else:
         traced, held = vision.num_layers + text.num_layers, 0
     if graph == DECODER:
-        head = 0 if plan.settings.precision == "fp32" else _head(plan)
+        head = 0 if plan.precision == "fp32" else _head(plan)
         layer = sum(t.count for t in plan.held[DECODER].tensors if t.transposed) // text.num_layers
         held = max(head, layer * _FLOAT)
     return _EXPORTER + traced * _TRACED + held
 
 
+def _plain(plan: Plan) -> dict[str, Weights]:
+    """Weights of the graphs of a session, without those that are there twice."""
+    return {name: plan.held[name] for name in _SESSION_GRAPHS}
+
+
+def _answering(plan: Plan) -> int:
+    """Bytes at the peak of the checkpoint in fp32, all of it in memory, that answers about clips.
+
+    Its activations are taken to be those of ONNX Runtime.
+    """
+    settings = replace(plan.settings, recipe=Recipe.plain("fp32"))
+    fp32 = replace(plan, settings=settings, rules={}, held={name: Weights() for name in plan.held})
+    numbers = sum(held.count for held in _plain(plan).values())
+    return _EXPORTER + numbers * _FLOAT + peak(cpu_parts(replace(fp32, tied=False))) - PROCESS
+
+
+def _candidate(plan: Plan) -> int:
+    """Bytes of what is compared with it: a session, or PyTorch where ONNX Runtime has no kernels.
+
+    Of the latter the rounded weights are held, and they at the graphs' type.
+    """
+    if needs_engines(plan.settings.recipe):
+        numbers = sum(held.count for held in _plain(plan).values())
+        return numbers * (_FLOAT + BYTES[plan.precision])
+    return peak(cpu_parts(plan)) - PROCESS
+
+
+def _statistics(plan: Plan) -> int:
+    """Bytes of the samples of every layer's input that calibration keeps."""
+    quantised = {name for name, rule in plan.rules.items() if rule.quantised}
+    first = {names[0] for names in input_groups(plan.config) if quantised & set(names)}
+    inputs = {t.layer: t.inputs for held in plan.held.values() for t in held.tensors if t.layer}
+    return sum(inputs[name] for name in first if name in inputs) * _SAMPLES * _FLOAT
+
+
 def build_stages(
-    plan: Plan, files: dict[str, int], engines: dict[str, int], exported: bool
+    plan: Plan,
+    files: dict[str, int],
+    engines: dict[str, int],
+    *,
+    exported: bool,
+    calibrated: bool = False,
 ) -> Iterator[Stage]:
-    """Steps of a build in their order; memory of each on its own."""
+    """Steps of a build in their order; memory of each on its own.
+
+    Args:
+        plan: what is built.
+        files: see `sizes.graph_bytes`.
+        engines: bytes of engine files.
+        exported: whether the graphs are there already.
+        calibrated: whether the scales are there already.
+    """
     if exported:
         yield Stage("copy the graphs", PROCESS, sum(files.values()))
     else:
+        if plan.is_quantised and not calibrated:
+            yield Stage("calibrate", _answering(plan), _statistics(plan))
         folders = dict.fromkeys(file.partition("/")[0] for file in files)
         for folder in folders:
             disk = sum(size for file, size in files.items() if file.startswith(f"{folder}/"))
@@ -400,3 +503,5 @@ def build_stages(
     base, factor = _BUILDER
     for name, size in engines.items():
         yield Stage(f"{name}: build the engine", base + int(size * factor), size, False)
+    if plan.settings.recipe.gates is not None and not exported:
+        yield Stage("judge on held-out clips", _answering(plan) + _candidate(plan), 0)

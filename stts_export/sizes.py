@@ -1,14 +1,17 @@
-"""Sizes that follow from a model's configuration: weights, files, KV cache. Counted, not estimated.
+"""Sizes that follow from a model's configuration and a recipe: weights, files, KV cache.
 
-Nothing is read but the configuration.
+Counted, not estimated; nothing is read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from stts_export.calibration.layers import NVFP4_BLOCK, QUANTISED, Format, input_groups
+from stts_export.calibration.recipe import LayerRule, block_of
 from stts_export.config import ModelConfig
 from stts_export.tensors import (
     ACTIVATION,
@@ -18,6 +21,7 @@ from stts_export.tensors import (
     DECODER,
     VISION_LOWER,
     VISION_UPPER,
+    KvCache,
     Precision,
     graph_file,
     graph_specs,
@@ -25,6 +29,12 @@ from stts_export.tensors import (
 
 BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 _FLOAT = 4
+BITS: dict[Format, int] = {
+    "fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "nvfp4": 4,
+}  # fmt: skip
+"""Of a number, without scales."""
+_HEAD = "language.lm_head"
+_NOTHING: Mapping[str, LayerRule] = {}
 
 
 @dataclass(frozen=True)
@@ -35,20 +45,24 @@ class Tensor:
     """Numbers."""
     kind: str
     """"product": a matrix that activations are multiplied with; "table": rows are read from it;
-    "vector": anything else."""
-    is_fp32: bool = False
-    """Whether it stays fp32 at every precision, as norms, patch embedding and scorer do."""
+    "scale": what a quantised matrix or its input is scaled with; "vector": anything else."""
+    format: Format | None = None
+    """At every precision, as norms, patch embedding and scorer stay fp32; the graph's when None."""
     transposed: bool = False
-    """Whether it is stored transposed; these come last in a file."""
+    """Whether it is stored transposed."""
+    layer: str = ""
+    """The linear layer that it is the matrix of, if a recipe may quantise that."""
+    inputs: int = 0
+    """Of the layer."""
 
     def nbytes(self, precision: Precision) -> int:
         """Bytes in a file."""
-        return self.count * (_FLOAT if self.is_fp32 else BYTES[precision])
+        return -(-self.count * BITS[self.format or precision] // 8)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a graph, in the order of its file but for those that are transposed."""
+    """The weights of a graph, in the order of its file but for its parts; see `_place`."""
 
     tensors: tuple[Tensor, ...] = ()
 
@@ -61,61 +75,99 @@ class Weights:
 
     @property
     def count(self) -> int:
-        """Numbers."""
-        return sum(tensor.count for tensor in self.tensors)
+        """Numbers, but for scales."""
+        return sum(tensor.count for tensor in self.tensors if tensor.kind != "scale")
 
     def fp32(self) -> Weights:
         """The same in fp32 at every precision."""
-        return Weights(tuple(replace(tensor, is_fp32=True) for tensor in self.tensors))
+        return Weights(tuple(replace(tensor, format="fp32") for tensor in self.tensors))
 
     def nbytes(self, precision: Precision) -> int:
         """Bytes of the data file."""
         end = 0
-        for tensor in sorted(self.tensors, key=lambda tensor: tensor.transposed):
+        for tensor in sorted(self.tensors, key=_place):
             size = tensor.nbytes(precision)
             if size >= DATA_ALIGNMENT:
                 end = -(-end // DATA_ALIGNMENT) * DATA_ALIGNMENT
             end += size
         return end
 
-    def on_cpu(self) -> int:
-        """Bytes in memory in ONNX Runtime on a CPU, which multiplies in fp32 whatever is stored.
 
-        Tables are read from their file, whose pages the system can drop.
-        """
-        return sum(tensor.count * _FLOAT for tensor in self.tensors if tensor.kind != "table")
+def _place(tensor: Tensor) -> int:
+    """Which part of a data file it is in: what is made later comes later."""
+    if tensor.kind == "scale" or tensor.format in QUANTISED:
+        return 2
+    return int(tensor.transposed)
+
+
+def _quantised(held: Weights, rules: Mapping[str, LayerRule], first: Mapping[str, str]) -> Weights:
+    """The same with layers in other formats, and with their scales.
+
+    Layers that read the same tensor have one vector that smooths it: that of the `first` of them.
+    """
+    kept: list[Tensor] = []
+    quantised: list[Tensor] = []
+    smoothed: set[str] = set()
+    for tensor in held.tensors:
+        rule = rules.get(tensor.layer)
+        if rule is None or rule.format not in QUANTISED:
+            kept.append(tensor if rule is None else replace(tensor, format=rule.format))
+            continue
+        if rule.method in ("smoothquant", "awq") and first[tensor.layer] not in smoothed:
+            smoothed.add(first[tensor.layer])
+            quantised.append(Tensor(tensor.inputs, "scale"))
+        quantised += [replace(tensor, format=rule.format), _scales(tensor, rule)]
+    return Weights((*kept, *quantised))
+
+
+def _scales(tensor: Tensor, rule: LayerRule) -> Tensor:
+    """Scales of a quantised matrix."""
+    if rule.format == "nvfp4":
+        return Tensor(tensor.count // NVFP4_BLOCK, "scale", "fp8")
+    if rule.format == "int4":
+        return Tensor(tensor.count // block_of(tensor.inputs, rule.block, tensor.layer), "scale")
+    return Tensor(tensor.count // tensor.inputs, "scale")
 
 
 def _vectors(*counts: int) -> Weights:
     return Weights(tuple(Tensor(count, "vector") for count in counts))
 
 
-def _linear(inputs: int, outputs: int, bias: bool = True) -> Weights:
-    matrix = Weights((Tensor(inputs * outputs, "product", transposed=True),))
-    return matrix + _vectors(outputs) if bias else matrix
+def _linear(inputs: int, outputs: int, layer: str = "", *, bias: bool = True) -> Weights:
+    matrix = Tensor(inputs * outputs, "product", None, True, layer, inputs)
+    return Weights((matrix,)) + (_vectors(outputs) if bias else Weights())
 
 
-def _attention(inputs: int, outputs: int, inner: int) -> Weights:
+def _attention(inputs: int, outputs: int, inner: int, name: str = "") -> Weights:
     """`layers.MultiHeadAttention`."""
-    return _linear(inputs, inner).times(3) + _linear(inner, outputs)
+    parts = [_linear(inputs, inner, name and f"{name}.{part}") for part in ("wq", "wk", "wv")]
+    return sum(parts, Weights()) + _linear(inner, outputs, name and f"{name}.wo")
 
 
-def weights(config: ModelConfig, *, tied: bool = False) -> dict[str, Weights]:
+def weights(
+    config: ModelConfig, *, tied: bool = False, rules: Mapping[str, LayerRule] = _NOTHING
+) -> dict[str, Weights]:
     """Weights in each graph's data file, by graph; what variants share is there once.
 
     Args:
         config: the model.
         tied: whether the checkpoint has no head of its own: the embedding is used as one.
+        rules: of layers whose format is not the graphs'; see `calibration.Recipe.plan`.
+
+    Raises:
+        InputError: as `calibration.recipe.block_of`.
     """
+    plain = _plain(config, tied and _HEAD not in rules)
+    if not rules:
+        return plain
+    first = {name: group[0] for group in input_groups(config) for name in group}
+    return {graph: _quantised(held, rules, first) for graph, held in plain.items()}
+
+
+def _plain(config: ModelConfig, tied: bool) -> dict[str, Weights]:
     vision = config.vision
     D, inner = vision.hidden_size, vision.num_heads * vision.head_dim
-    block = (
-        _vectors(D, D).fp32()
-        + _attention(D, D, inner)
-        + _vectors(D, D).fp32()
-        + _linear(D, vision.intermediate_size)
-        + _linear(vision.intermediate_size, D)
-    )
+    blocks = [_block(config, index) for index in range(vision.num_layers)]
     rows, columns = vision.grid
     table = Weights((Tensor(rows * columns * D, "table"),))
     scorer = Weights()
@@ -125,38 +177,61 @@ def weights(config: ModelConfig, *, tied: bool = False) -> dict[str, Weights]:
         scorer = (scorer + _linear(hidden, 1)).fp32()
     embedding = (table + _linear(3 * vision.patch_size**2, D)).fp32()
     pooling = _connector(config)
+    below = sum(blocks[: vision.split_at - 1], Weights())
     return {
-        VISION_LOWER: embedding + block.times(vision.split_at - 1) + scorer + block,
-        VISION_UPPER: block.times(vision.num_layers - vision.split_at) + pooling,
+        VISION_LOWER: embedding + below + scorer + blocks[vision.split_at - 1],
+        VISION_UPPER: sum(blocks[vision.split_at :], Weights()) + pooling,
         CONNECTOR: pooling,
         DECODER: _decoder(config, tied),
     }
 
 
-def _connector(config: ModelConfig) -> Weights:
-    connector = config.connector
-    pooled, width = connector.hidden_size, config.vision.hidden_size * len(config.vision.taps)
+def _block(config: ModelConfig, index: int) -> Weights:
+    vision, name = config.vision, f"vision.blocks.{index}"
+    D, hidden = vision.hidden_size, vision.intermediate_size
     return (
-        _attention(width, pooled, connector.num_heads * connector.head_dim)
-        + _linear(pooled, connector.intermediate_size, bias=False).times(2)
-        + _linear(connector.intermediate_size, config.text.hidden_size, bias=False)
+        _vectors(D, D).fp32()
+        + _attention(D, D, vision.num_heads * vision.head_dim, f"{name}.attention")
+        + _vectors(D, D).fp32()
+        + _linear(D, hidden, f"{name}.feed_forward.w1")
+        + _linear(hidden, D, f"{name}.feed_forward.w2")
+    )
+
+
+def _connector(config: ModelConfig) -> Weights:
+    connector, name = config.connector, "vision.connector"
+    pooled, width = connector.hidden_size, config.vision.hidden_size * len(config.vision.taps)
+    hidden = connector.intermediate_size
+    inner = connector.num_heads * connector.head_dim
+    return (
+        _attention(width, pooled, inner, f"{name}.pooling")
+        + _linear(pooled, hidden, f"{name}.w1", bias=False)
+        + _linear(pooled, hidden, f"{name}.w3", bias=False)
+        + _linear(hidden, config.text.hidden_size, f"{name}.w2", bias=False)
     )
 
 
 def _decoder(config: ModelConfig, tied: bool) -> Weights:
     text = config.text
-    C, d = text.hidden_size, text.head_dim
-    layer = (
-        _vectors(C, d, d, C).fp32()
-        + _linear(C, (text.num_heads + 2 * text.num_kv_heads) * d, bias=False)
-        + _linear(text.num_heads * d, C, bias=False)
-        + _linear(C, 2 * text.intermediate_size, bias=False)
-        + _linear(text.intermediate_size, C, bias=False)
-    )
+    C = text.hidden_size
+    layers = [_layer(config, index) for index in range(text.num_layers)]
     table = Weights((Tensor((text.vocab_size + text.additional_vocab_size) * C, "table"),))
-    head = Weights((Tensor(text.vocab_size * C, "product"),))
-    body = layer.times(text.num_layers) + _vectors(C).fp32()
+    head = Weights((Tensor(text.vocab_size * C, "product", None, False, _HEAD, C),))
+    body = sum(layers, Weights()) + _vectors(C).fp32()
     return body + table if tied else body + head + table  # which is made of two
+
+
+def _layer(config: ModelConfig, index: int) -> Weights:
+    text, name = config.text, f"language.blocks.{index}"
+    C, d, hidden = text.hidden_size, text.head_dim, text.intermediate_size
+    heads = text.num_heads + 2 * text.num_kv_heads
+    return (
+        _vectors(C, d, d, C).fp32()
+        + _linear(C, heads * d, f"{name}.att_proj", bias=False)
+        + _linear(text.num_heads * d, C, f"{name}.attn_out", bias=False)
+        + _linear(C, 2 * hidden, f"{name}.ff_proj", bias=False)
+        + _linear(hidden, C, f"{name}.ff_out", bias=False)
+    )
 
 
 # Bytes of a graph without its weights: fixed part, and per block of the tower or layer. Measured on
@@ -168,33 +243,56 @@ _GRAPH_BYTES = {
     DECODER: (14_000, 7_000),
 }
 _PLAIN_BYTES = 500
+_SCALED_BYTES = 1_000
+"""Nodes of a quantised product, per tensor of scales."""
 
 
-def graph_bytes(config: ModelConfig, precision: Precision, *, tied: bool = False) -> dict[str, int]:
-    """Bytes below `onnx/` in a bundle, by file; of graphs without their weights about."""
+def graph_bytes(
+    config: ModelConfig,
+    precision: Precision,
+    *,
+    tied: bool = False,
+    rules: Mapping[str, LayerRule] = _NOTHING,
+) -> dict[str, int]:
+    """Bytes below `onnx/` in a bundle, by file; of graphs without their weights about.
+
+    Args and errors as `weights`; `precision` is that of the graphs.
+    """
     blocks = {
         VISION_LOWER: config.vision.split_at,
         VISION_UPPER: config.vision.num_layers - config.vision.split_at,
         DECODER: config.text.num_layers,
     }
     files: dict[str, int] = {}
-    held = weights(config, tied=tied)
+    held = weights(config, tied=tied, rules=rules)
     for name in graph_specs(config, precision):
         graph = name.partition("-")[0]
         fixed, each = _GRAPH_BYTES.get(graph, (_PLAIN_BYTES, 0))
-        files[graph_file(name)] = fixed + each * blocks.get(graph, 0)
+        scales = 0
         if graph in held:
             files[f"{graph}/{DATA_FILE}"] = held[graph].nbytes(precision)
+            scales = sum(tensor.kind == "scale" for tensor in held[graph].tensors)
+        files[graph_file(name)] = fixed + each * blocks.get(graph, 0) + _SCALED_BYTES * scales
     return files
 
 
-def looks_tied(config: ModelConfig, precision: Precision, stored: int) -> bool:
-    """Whether a decoder's data file of `stored` bytes has no head of its own."""
-    tied, own = (weights(config, tied=tied)[DECODER].nbytes(precision) for tied in (True, False))
+def looks_tied(
+    config: ModelConfig,
+    precision: Precision,
+    stored: int,
+    rules: Mapping[str, LayerRule] = _NOTHING,
+) -> bool:
+    """Whether a decoder's data file of `stored` bytes has no head of its own; see `weights`."""
+    tied, own = (
+        weights(config, tied=tied, rules=rules)[DECODER].nbytes(precision) for tied in (True, False)
+    )
     return abs(tied - stored) < abs(own - stored)
 
 
-def cache_bytes(config: ModelConfig, precision: Precision, tokens: int) -> int:
+def cache_bytes(
+    config: ModelConfig, precision: Precision, tokens: int, kv_cache: KvCache = "base"
+) -> int:
     """Bytes of the keys and values of a sequence."""
-    text, size = config.text, np.dtype(ACTIVATION[precision]).itemsize
+    text = config.text
+    size = 1 if kv_cache == "int8" else np.dtype(ACTIVATION[precision]).itemsize
     return 2 * text.num_layers * text.num_kv_heads * text.head_dim * size * tokens

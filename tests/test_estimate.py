@@ -19,7 +19,10 @@ from benchmarks.harness.random_checkpoint import config_json
 from stts_export import estimate as estimating
 from stts_export import machine
 from stts_export.bundle import Bundle
-from stts_export.calibration.layers import Numerics
+from stts_export.calibration.building import CALIBRATE, JUDGE
+from stts_export.calibration.layers import LayerQuantization, Numerics
+from stts_export.calibration.recipe import LayerRule, Recipe, block_of
+from stts_export.calibration.statistics import ROWS
 from stts_export.checkpoint import open_checkpoint
 from stts_export.config import ModelConfig
 from stts_export.devices import DEVICES, GB
@@ -32,7 +35,7 @@ from stts_export.estimate import (
     nearest,
 )
 from stts_export.estimate_report import estimate_json, estimate_source, estimate_text
-from stts_export.footprint import Part, peak
+from stts_export.footprint import Part, Stage, peak
 from stts_export.graphs.export import export_graph
 from stts_export.limits import MAX_ENGINE_FRAMES, kept_windows, needed_tokens
 from stts_export.model.vlm import SttsModel
@@ -137,6 +140,76 @@ def test_the_decoder_of_a_tied_checkpoint_has_the_size_that_is_told(
     assert weights(model.config, tied=tied)[DECODER].nbytes(precision) == written
 
 
+def _scaled(shape: tuple[int, ...], rule: LayerRule) -> LayerQuantization:
+    """Any scales of the right shapes."""
+    outputs, inputs = shape
+    smooth = np.ones(inputs, np.float32) if rule.method in ("smoothquant", "awq") else None
+    if rule.format in ("int4", "nvfp4"):
+        block = block_of(inputs, rule.block) if rule.format == "int4" else 16
+        scale = np.full((outputs, inputs // block), 0.02, np.float32)
+        whole = 1e-3 if rule.format == "nvfp4" else None
+        return LayerQuantization(rule.format, scale, whole, smooth, block)
+    return LayerQuantization(rule.format, np.full(outputs, 2e-3, np.float32), 0.05, smooth)
+
+
+_POOLING = "vision.connector.pooling"
+_MIXED = {
+    f"{_POOLING}.wq": LayerRule(("*",), "int8", "smoothquant"),
+    f"{_POOLING}.wk": LayerRule(("*",), "fp8"),
+    f"{_POOLING}.wv": LayerRule(("*",), "fp8"),
+    f"{_POOLING}.wo": LayerRule(("*",), "int8"),
+    "vision.connector.w1": LayerRule(("*",), "int4"),
+    "vision.connector.w3": LayerRule(("*",), "int4"),
+    "vision.connector.w2": LayerRule(("*",), "nvfp4"),
+    "language.blocks.0.att_proj": LayerRule(("*",), "int4"),
+    "language.blocks.0.ff_proj": LayerRule(("*",), "int8", "max"),
+    "language.blocks.0.ff_out": LayerRule(("*",), "int8", "smoothquant"),
+    "language.lm_head": LayerRule(("*",), "int8", "max"),
+}
+
+
+@pytest.mark.parametrize("graph", [CONNECTOR, DECODER])
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantised_graphs_have_the_sizes_that_are_told(tmp_path: Path, graph: str, tied: bool):
+    changes = {
+        "adapter_config.hidden_size": 32, "adapter_config.intermediate_size": 48,
+        "text_config.hidden_size": 32, "adapter_config.text_hidden_size": 32,
+        "text_config.intermediate_size": 1024, "text_config.vocab_size": 3000,
+    }  # fmt: skip
+    model = random_model(small_config(**changes))
+    if tied:
+        with torch.no_grad():
+            model.language.lm_head.weight.copy_(model.language.embedding)
+    shapes = {name.removesuffix(".weight"): p.shape for name, p in model.named_parameters()}
+    layers = {name: _scaled(tuple(shapes[name]), rule) for name, rule in _MIXED.items()}
+    file = export_graph(model, graph, Numerics("fp16", layers), tmp_path)
+    written = file.with_name(DATA_FILE).stat().st_size
+    held = weights(model.config, tied=tied, rules=_MIXED)[graph]
+    assert held.nbytes("fp16") == written
+    assert held.count == weights(model.config, tied=False)[graph].count
+
+
+def test_bytes_of_quantised_layers_by_hand():
+    name = "language.blocks.0.ff_out"
+    config = ModelConfig.from_dict(
+        small_config(**{"text_config.intermediate_size": 320}), has_scorer=True
+    )
+    outputs = config.text.hidden_size
+
+    def told(rules: dict[str, LayerRule]) -> int:
+        tensors = weights(config, rules=rules)[DECODER].tensors
+        return sum(tensor.nbytes("fp16") for tensor in tensors)
+
+    for rule, bits in (
+        (LayerRule(("*",), "int4"), 4 + 16 / 64),  # 320 inputs have blocks of 64
+        (LayerRule(("*",), "nvfp4"), 4 + 8 / 16),
+        (LayerRule(("*",), "int8", "max"), 8 + 16 / 320),
+        (LayerRule(("*",), "fp8"), 8 + 16 / 320),
+    ):
+        smooth = 320 * 2 * (rule.format == "int4")
+        assert told({}) - told({name: rule}) == outputs * 320 * (16 - bits) / 8 - smooth
+
+
 def test_a_tied_head_is_stored_once():
     own, tied = (weights(FULL_SIZE, tied=tied)[DECODER].nbytes("fp16") for tied in (False, True))
     head = 2 * FULL_SIZE.text.vocab_size * FULL_SIZE.text.hidden_size
@@ -234,10 +307,72 @@ def test_half_precision_is_proposed_where_it_is_enough():
     assert ways["--precision fp16"].needed < 0.6 * planned.needed
 
 
+def test_int4_is_proposed_where_half_precision_is_not_enough():
+    orin: dict[str, Any] = {"target": "orin-nano-8gb", "max_frames": 8, "tied": True}
+    for precision in ("fp32", "fp16"):
+        planned = estimate(FULL_SIZE, precision=precision, **orin)
+        ways = dict(nearest(planned))
+        assert "--precision fp16" not in ways
+        assert ways["--precision int4"].fits
+        told = estimate(FULL_SIZE, precision="int4", **orin)
+        assert ways["--precision int4"].needed == told.needed
+    # Nothing is proposed to who has chosen a recipe, and no device that cannot run it.
+    chosen = estimate(FULL_SIZE, precision="nvfp4", target="thor", max_frames=2000, tied=True)
+    assert chosen.fits is False
+    ways = dict(nearest(chosen))
+    assert not any("--precision" in way or "orin" in way for way in ways)
+
+
+def test_a_recipe_that_does_not_run_there_is_refused():
+    with pytest.raises(InputError, match="recipe nvfp4 uses nvfp4") as error:
+        estimate(FULL_SIZE, precision="nvfp4", target="agx-orin-32gb")
+    assert "int4" in str(error.value)
+
+
+@pytest.mark.parametrize(("precision", "least", "most"), [
+    ("int8", 0.55, 0.75),  # ff_out, the head, the table and the blocks below the scorer stay fp16
+    ("int4", 0.4, 0.5),
+    ("nvfp4", 0.35, 0.5),
+])  # fmt: skip
+def test_quantised_weights_take_less_on_a_gpu(precision: str, least: float, most: float):
+    settings: dict[str, Any] = {"target": "rtx-5090", "max_frames": 8, "tied": True}
+    half = estimate(FULL_SIZE, precision="fp16", **settings)
+    quantised = estimate(FULL_SIZE, precision=precision, **settings)
+    share = sum(quantised.engines.values()) / sum(half.engines.values())
+    assert least < share < most
+    assert quantised.needed < half.needed
+    assert quantised.cache_per_token == half.cache_per_token
+
+
+def test_an_int8_cache_takes_half_of_one_in_half_precision():
+    recipe = dataclasses.replace(Recipe.load("int8"), kv_cache="int8")
+    half, int8 = (estimate(FULL_SIZE, precision=one) for one in ("fp16", recipe))
+    assert 2 * int8.cache_per_token == half.cache_per_token
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8"])
+def test_a_session_on_the_cpu_holds_what_its_formats_take(precision: str):
+    """fp16 weights become fp32 there; 4-bit ones stay, and 8-bit ones are converted in turn."""
+    planned = estimate(FULL_SIZE, precision=precision, max_frames=8, tied=True)
+    parts = {part.name: part for part in planned.parts}
+    text = FULL_SIZE.text
+    C, d, hidden = text.hidden_size, text.head_dim, text.intermediate_size
+    narrow, ff_out = (
+        C * (2 * text.num_heads + 2 * text.num_kv_heads) * d + 2 * C * hidden,
+        C * hidden,
+    )
+    layer = {"int4": 1.2 * (narrow + ff_out), "int8": 4 * ff_out, "fp8": 4 * ff_out}[precision]
+    head = 4 * C * (text.vocab_size + text.additional_vocab_size)
+    held = text.num_layers * layer + head
+    assert parts["decoder: weights"].bytes == pytest.approx(held, rel=0.001)
+    prefill = next(part for name, part in parts.items() if "prefill" in name)
+    assert prefill.when == ("called" if precision == "int4" else "answer")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "int3"}, "precision 'int3'"),
+        ({"precision": "int3"}, "no recipe 'int3'.*did you mean"),
         ({"max_frames": 0}, "max_frames is 0"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"min_prune_ratio": 1.0}, "min_prune_ratio is 1.0"),
@@ -484,8 +619,8 @@ def _check(
     usage = _DISK(10**13, 0, int(disk * GB))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     settings: dict[str, Any] = {
-        "output": Path("bundle"), "precision": "fp16", "max_frames": 64, "max_tokens": 8192,
-        "min_prune_ratio": 0.0, "tied": True, **changes,
+        "output": Path("bundle"), "recipe": Recipe.plain("fp16"), "max_frames": 64,
+        "max_tokens": 8192, "min_prune_ratio": 0.0, "tied": True, **changes,
     }  # fmt: skip
     return check_build(FULL_SIZE, **settings)
 
@@ -499,13 +634,50 @@ def test_a_build_that_can_be_held_is_told_stage_by_stage(monkeypatch: pytest.Mon
     assert "8192 tokens" in rest[-1]
 
 
+def test_scales_and_gates_need_the_checkpoint_in_memory(monkeypatch: pytest.MonkeyPatch):
+    def stages(**changes: Any) -> dict[str, str]:
+        lines = _check(monkeypatch, memory=100, disk=100, **changes)[1:]
+        return dict(line.strip().split(": ", 1) for line in lines if " of disk" in line)
+
+    assert not {CALIBRATE, JUDGE} & set(stages())
+    names = list(stages(recipe=Recipe.load("int4")))
+    assert names[0] == CALIBRATE
+    assert names[-1] == JUDGE
+    names = list(stages(recipe=Recipe.load("int4"), calibrated=True))
+    assert CALIBRATE not in names
+    assert names[-1] == JUDGE
+    whole = 4 * sum(weights(FULL_SIZE, tied=True)[name].count for name in (
+        VISION_LOWER, VISION_UPPER, DECODER
+    ))  # fmt: skip
+    for stage in _stages(Recipe.load("int4")):
+        if stage.name in (CALIBRATE, JUDGE):
+            assert whole < stage.memory < 2.5 * whole
+    with pytest.raises(InputError, match="of memory are available"):
+        _check(monkeypatch, memory=whole / GB, disk=100, recipe=Recipe.load("int8"))
+
+
+def _stages(recipe: Recipe) -> tuple[Stage, ...]:
+    return estimate(FULL_SIZE, precision=recipe, max_frames=64, tied=True).stages
+
+
+def test_calibration_keeps_samples_of_what_is_quantised():
+    def kept(recipe: str) -> int:
+        return next(one.disk for one in _stages(Recipe.load(recipe)) if one.name == CALIBRATE)
+
+    text = FULL_SIZE.text
+    inner = text.num_heads * text.head_dim
+    inputs = 2 * text.hidden_size + inner + text.intermediate_size
+    assert kept("int4") == 4 * ROWS * text.num_layers * inputs
+    assert kept("orin") > kept("int4")
+
+
 def test_a_disk_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(InputError, match=r"5.00 GB free") as error:
         _check(monkeypatch, memory=24, disk=5)
     assert "-o" in str(error.value)
     _check(monkeypatch, memory=24, disk=5, done=6 * GB)  # of an interrupted build
     with pytest.raises(InputError, match="--precision fp16"):
-        _check(monkeypatch, memory=24, disk=15, precision="fp32")
+        _check(monkeypatch, memory=24, disk=15, recipe=Recipe.plain("fp32"))
 
 
 def test_memory_that_is_too_small_is_refused(
@@ -519,7 +691,7 @@ def test_memory_that_is_too_small_is_refused(
     assert "same GPU architecture" in caplog.text
     caplog.clear()
     monkeypatch.setattr(estimating, "free_swap", lambda: 100 * GB)
-    settings: Any = {"output": Path("b"), "precision": "fp16", "max_frames": 64,
+    settings: Any = {"output": Path("b"), "recipe": Recipe.plain("fp16"), "max_frames": 64,
                      "max_tokens": 8192, "min_prune_ratio": 0.0}  # fmt: skip
     monkeypatch.setattr(estimating, "available_memory", lambda: GB)
     check_build(FULL_SIZE, **settings)  # with swap it can be done

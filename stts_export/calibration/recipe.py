@@ -196,6 +196,11 @@ class Recipe:
             )
 
     @staticmethod
+    def plain(base: Base) -> Recipe:
+        """Return the recipe that quantises nothing; unlike the shipped one, no file is read."""
+        return Recipe(base, f"{base} throughout", base)
+
+    @staticmethod
     def load(name_or_path: str | Path) -> Recipe:
         """Return a shipped recipe, or read a YAML file.
 

@@ -35,9 +35,8 @@ from stts_export.calibration.layers import (
     layers_by_group,
 )
 from stts_export.calibration.methods import layers_from_statistics
-from stts_export.calibration.observing import graph_of
 from stts_export.calibration.quant_report import GateCheck, QuantReport
-from stts_export.calibration.recipe import BLOCKS, Base, Gates, LayerRule, Method, Recipe, block_of
+from stts_export.calibration.recipe import BLOCKS, Base, Gates, LayerRule, Method, Recipe
 from stts_export.calibration.rounding import rounded_model
 from stts_export.checkpoint import Checkpoint
 from stts_export.checkpoint.streamed import sources
@@ -46,8 +45,7 @@ from stts_export.devices import DEVICES
 from stts_export.engines.library import ONNXRUNTIME
 from stts_export.errors import InputError, did_you_mean
 from stts_export.files import readable_size
-from stts_export.sizes import BYTES, weights
-from stts_export.tensors import CONNECTOR as CONNECTOR_GRAPH
+from stts_export.sizes import BITS, weights
 from stts_export.training.checkpoint_answerer import CheckpointAnswerer, answerer_of
 
 DEFAULT_GATES = Gates(
@@ -60,8 +58,6 @@ CLASSES = {"orin": "agx-orin", "thor": "thor", "h200": "h200", "rtx": "rtx-4090"
 """Device that stands for a class, as the shipped recipes name them: its oldest GPU and library."""
 
 _BASE: Base = "fp16"
-_BITS: dict[Format, int] = {"fp8": 8, "int8": 8, "int4": 4, "nvfp4": 4}
-_SCALE_BYTES: dict[Format, int] = {"fp8": 2, "int8": 2, "int4": 2, "nvfp4": 1}
 _MULTIPLE: dict[Format, int] = {"int4": BLOCKS[0], "nvfp4": NVFP4_BLOCK}
 """What the inputs of a layer have to be a multiple of."""
 _EIGHT_BITS = ("int8", "fp8")
@@ -175,55 +171,18 @@ def starts(formats: Sequence[Format]) -> tuple[tuple[Format, Format], ...]:
         (vision, decoder)
         for vision in formats
         for decoder in formats
-        if vision == decoder or _BITS[decoder] < _BITS[vision]
+        if vision == decoder or BITS[decoder] < BITS[vision]
     )
 
 
-def weight_bytes(
-    config: ModelConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    plan: Mapping[str, LayerRule],
-    *,
-    tied: bool = False,
-) -> dict[str, int]:
-    """Bytes of the weights of a half-precision bundle's graphs, scales included, by graph.
+def weight_bytes(config: ModelConfig, plan: Mapping[str, LayerRule], *, tied: bool = False) -> int:
+    """Bytes of the weights of a half-precision bundle's graphs, scales included.
 
     Gaps between large tensors are not counted: those of small models would hide what is saved.
-
-    Args:
-        config: of the model.
-        shapes: (out, in) of every quantised layer's weight.
-        plan: rule by quantised layer.
-        tied: whether the embedding is the head, see `sizes.weights`.
+    Args as `sizes.weights`.
     """
-    sizes = {
-        graph: sum(tensor.nbytes(_BASE) for tensor in held.tensors)
-        for graph, held in weights(config, tied=tied).items()
-    }
-    for names in input_groups(config):
-        rule = plan.get(names[0])
-        if rule is None:
-            continue
-        inputs = shapes[names[0]][1]
-        added = BYTES[_BASE] * inputs if rule.method in ("smoothquant", "awq") else 0
-        for name in names:
-            outputs = shapes[name][0]
-            added += _quantised_bytes(outputs, inputs, rule) - BYTES[_BASE] * outputs * inputs
-        sizes[graph_of(names[0], config)] += added
-        if names[0].startswith("vision.connector."):  # which is a graph of its own as well
-            sizes[CONNECTOR_GRAPH] += added
-    return sizes
-
-
-def _quantised_bytes(outputs: int, inputs: int, rule: LayerRule) -> int:
-    """Bytes of a weight and its scales."""
-    blocks = 1
-    if rule.format in _MULTIPLE:
-        blocks = inputs // (block_of(inputs, rule.block) if rule.format == "int4" else NVFP4_BLOCK)
-    return (
-        math.ceil(outputs * inputs * _BITS[rule.format] / 8)
-        + outputs * blocks * _SCALE_BYTES[rule.format]
-    )
+    held = weights(config, tied=tied, rules=plan).values()
+    return sum(tensor.nbytes(_BASE) for graph in held for tensor in graph.tensors)
 
 
 def recipe_for_target(
@@ -374,8 +333,7 @@ class _Search:
     def _candidate(
         self, pair: tuple[Format, Format], plan: _Plan, moved: tuple[str, ...] = ()
     ) -> _Candidate:
-        sizes = weight_bytes(self._config, self._shapes, plan, tied=self._tied)
-        return _Candidate(pair, plan, moved, sum(sizes.values()))
+        return _Candidate(pair, plan, moved, weight_bytes(self._config, plan, tied=self._tied))
 
     def _next(self, candidate: _Candidate, report: QuantReport) -> _Candidate:
         """Move the layers with the largest errors to half precision.

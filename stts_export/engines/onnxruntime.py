@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from stts_export.engines.library import ONNXRUNTIME
 from stts_export.errors import InputError, MissingDependencyError
 from stts_export.files import readable_size
 from stts_export.machine import available_memory
-from stts_export.tensors import DATA_FILE
+from stts_export.tensors import DATA_FILE, Precision
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,15 @@ class Runner:
         target[...] = source
 
 
+def converts_weights(precision: Precision, formats: Collection[str]) -> bool:
+    """Whether weights in some of these formats are converted to the graph's type on every call.
+
+    ONNX Runtime multiplies int8 with int8 in fp32 graphs, and 4-bit integers in all; the rest it
+    converts.
+    """
+    return "fp8" in formats or ("int8" in formats and precision != "fp32")
+
+
 def _leaves_no_room(file: Path) -> bool:
     """Whether copies of a graph's weights would take what the machine has; says so."""
     data, free = file.with_name(DATA_FILE), available_memory()
@@ -118,6 +127,7 @@ def open_graph(
     device: str | None = None,
     threads: int | None = None,
     lean: bool | None = None,
+    converts: bool = False,
 ) -> Runner:
     """Load an ONNX file.
 
@@ -128,6 +138,8 @@ def open_graph(
         lean: leave the weights in their file, where the system can drop them, and convert those of
             an operator when it runs; otherwise copies are made ahead, which is faster. None: only
             where the machine has not the memory for copies.
+        converts: whether it has weights in 8 bits that are converted on every call, as
+            `converts_weights` says: one after the other is then, and none is kept.
 
     Raises:
         MissingDependencyError: onnxruntime, or the CUDA provider, is not there.
@@ -159,6 +171,7 @@ def open_graph(
         lean = device != "cuda" and _leaves_no_room(file)
     if lean:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if lean or converts:
         options.enable_cpu_mem_arena = False  # it keeps what it ever held
         # Otherwise all conversions of weights come first, and their results wait.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED

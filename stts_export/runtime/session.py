@@ -184,8 +184,15 @@ class Session:
                     f"plugin {plugin}", where=chosen, allowed="plugins of tensorrt only"
                 )
 
+            manifest = opened.manifest
+            converts = onnxruntime.converts_weights(
+                manifest.precision, set(manifest.formats.values())
+            )
+
             def open_graph(name: str) -> decoder.Runner:
-                return onnxruntime.open_graph(opened.graph(name), device=device, threads=threads)
+                return onnxruntime.open_graph(
+                    opened.graph(name), device=device, threads=threads, converts=converts
+                )
 
             runners = {name: open_graph(name) for name in (VISION_LOWER, VISION_UPPER_FRAMES)}
             runners[DECODER] = open_graph(variant(DECODER, SPLIT))
