@@ -225,7 +225,8 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         built = _child([*step, "--measure", "build"])
         asked = _child([*step, "--measure", "session"])
     rows = list(_rows(case, planned, built, asked))
-    return {"case": case.name, "settings": estimate_json(planned)["settings"], "tokens": planned.tokens,
+    settings = estimate_json(planned)["settings"]
+    return {"case": case.name, "settings": settings, "tokens": planned.tokens,
             "shape": asdict(case.shape), "vocab_size": case.vocab_size, "rows": rows}  # fmt: skip
 
 

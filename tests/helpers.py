@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from stts_export.calibration.layers import LayerQuantization
+from stts_export.calibration.recipe import LayerRule, block_of
 from stts_export.checkpoint import save_checkpoint
 from stts_export.config import ModelConfig
 from stts_export.model.vlm import SttsModel
@@ -171,3 +173,15 @@ def image_ids(
         ids += [tokens.im_start, *high * rows, tokens.im_end]
     text = rng.integers(config.text.vocab_size, size=6)
     return np.array([*ids, *text.tolist()], dtype=np.int64)
+
+
+def any_scales(shape: tuple[int, ...], rule: LayerRule) -> LayerQuantization:
+    """Any scales of the right shapes."""
+    outputs, inputs = shape
+    smooth = np.ones(inputs, np.float32) if rule.method in ("smoothquant", "awq") else None
+    if rule.format in ("int4", "nvfp4"):
+        block = block_of(inputs, rule.block) if rule.format == "int4" else 16
+        scale = np.full((outputs, inputs // block), 0.02, np.float32)
+        whole = 1e-3 if rule.format == "nvfp4" else None
+        return LayerQuantization(rule.format, scale, whole, smooth, block)
+    return LayerQuantization(rule.format, np.full(outputs, 2e-3, np.float32), 0.05, smooth)

@@ -60,8 +60,6 @@ CLASSES = {"orin": "agx-orin", "thor": "thor", "h200": "h200", "rtx": "rtx-4090"
 _BASE: Base = "fp16"
 _MULTIPLE: dict[Format, int] = {"int4": BLOCKS[0], "nvfp4": NVFP4_BLOCK}
 """What the inputs of a layer have to be a multiple of."""
-_EIGHT_BITS = ("int8", "fp8")
-"""Of the decoder without ff_out, as in the shipped recipes of these formats."""
 _METHODS: dict[tuple[str, Format], Method] = {
     (VISION, "int8"): "smoothquant",
     (DECODER, "int8"): "smoothquant",
@@ -325,8 +323,7 @@ class _Search:
         for group, chosen in ((VISION, vision), (CONNECTOR, vision), (DECODER, decoder)):
             rule = LayerRule((group,), chosen, _METHODS.get((group, chosen)))
             for name in groups[group]:
-                is_left_out = chosen in _EIGHT_BITS and name.endswith(".ff_out")
-                if self._shapes[name][1] % _MULTIPLE.get(chosen, 1) == 0 and not is_left_out:
+                if self._shapes[name][1] % _MULTIPLE.get(chosen, 1) == 0:
                     plan[name] = rule
         return plan
 

@@ -142,7 +142,8 @@ class DecoderStep(nn.Module):
 
         x = self.decoder.embed(input_ids, features)
         x = self.decoder.transform(x, position_ids, mask, write, torch.onnx.ops.rotary_embedding)
-        return self.decoder.lm_head(x[:, -1]).float(), *present
+        # With -1, TensorRT for RTX 1.7.1 fails at bf16 and 8-bit decoders: CHECK(is_const()).
+        return self.decoder.lm_head(x[:, length - 1]).float(), *present
 
 
 def _tensor_scatter(past: Tensor, update: Tensor, position: Tensor) -> Tensor:

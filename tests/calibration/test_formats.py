@@ -78,8 +78,8 @@ def test_every_row_says_how_it_is_known_and_stands_once():
             "nvfp4",
             (TENSORRT, "sm87", "10.3.0.30"),
             "tensorrt 10.3.0.30 sm87: recipe mine uses nvfp4, which needs sm100 or newer, but the "
-            "target is sm87\n  fix: take a recipe that runs there: bf16, fp16, fp32, int4, int8, "
-            "orin",
+            "target is sm87\n  fix: take a recipe that runs there: bf16, cpu, fp16, fp32, int4, "
+            "int8, orin",
         ),
         (
             "nvfp4",
@@ -90,7 +90,8 @@ def test_every_row_says_how_it_is_known_and_stands_once():
             "bf16",
             (ONNXRUNTIME, None, None),
             "onnxruntime: recipe mine uses bf16, for which onnxruntime has no kernels; tensorrt, "
-            "tensorrt-rtx can run it\n  fix: take a recipe that runs there: fp16, fp32, fp8, h200",
+            "tensorrt-rtx can run it\n  fix: take a recipe that runs there: cpu, fp16, fp32, fp8, "
+            "h200",
         ),
         ("fp8", ("tensorrt-rt", None, None), "did you mean 'tensorrt-rtx'"),
         ("fp8", (TENSORRT, "orin", None), "target: is 'orin'"),

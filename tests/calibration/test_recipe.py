@@ -44,7 +44,7 @@ CONFIG = ModelConfig.from_file(DEMO, has_scorer=True)
 BY_GROUP = layers_by_group(CONFIG)
 GATES = Gates(15, 0.97, 0.99, 0.02, 0.05)
 NAMES = (
-    "bf16", "fp16", "fp32", "fp8", "h200", "int4", "int8", "nvfp4", "orin", "rtx", "thor",
+    "bf16", "cpu", "fp16", "fp32", "fp8", "h200", "int4", "int8", "nvfp4", "orin", "rtx", "thor",
 )  # fmt: skip
 
 HEAD_LINES = "schema: 1\nname: mine\ndescription: d\nbase: fp16\n"
@@ -97,6 +97,7 @@ def test_shipped_recipes_leave_scores_embedding_and_head_alone(name: str, has_sc
 @pytest.mark.parametrize(
     ("name", "vision", "decoder"),
     [
+        ("cpu", "int8", "int8"),
         ("int8", "int8", "int8"),
         ("int4", None, "int4"),
         ("fp8", "fp8", "fp8"),
@@ -111,9 +112,7 @@ def test_shipped_recipes_say_what_their_names_say(name: str, vision: str | None,
     plan = Recipe.load(name).plan(CONFIG)
     for group, form in ((VISION, vision), (DECODER, decoder)):
         for layer in BY_GROUP[group]:
-            eight_bits = form in ("int8", "fp8")
-            expected = None if eight_bits and layer.endswith(".ff_out") else form
-            assert (plan[layer].format if layer in plan else None) == expected, layer
+            assert (plan[layer].format if layer in plan else None) == form, layer
 
 
 # Plans
@@ -400,7 +399,7 @@ def test_hostile_nesting_ends(tmp_path: Path, text: str):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("int9", "there is no recipe 'int9' (did you mean 'int8'?)\n  allowed: bf16, fp16"),
+        ("int9", "there is no recipe 'int9' (did you mean 'int8'?)\n  allowed: bf16, cpu, fp16"),
         ("", "there is no recipe ''"),
         ("calibration/recipes/int8", "(did you mean 'int8'?)"),
         ("itn8.yml", "itn8.yml: no such file (did you mean 'int8'?)"),

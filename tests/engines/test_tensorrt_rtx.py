@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 
 from stts_export.build import BuildSpec, bundle_from_bundle
-from stts_export.bundle import Bundle
+from stts_export.bundle import GRAPH_FOLDER, Bundle
+from stts_export.calibration.layers import Format, Numerics, layers_by_group
+from stts_export.calibration.recipe import LayerRule
 from stts_export.cli import main
 from stts_export.engines import engine_build, tensorrt_rtx
+from stts_export.engines.engine_build import EngineSpec, engines_from_graphs
 from stts_export.engines.worker import run_job
 from stts_export.errors import InputError, MissingDependencyError
+from stts_export.graphs.export import export_graph
 from stts_export.inspect import describe
-from stts_export.tensors import ACTIVATION, Range
+from stts_export.tensors import ACTIVATION, DECODER, Precision, Range
+from tests.helpers import any_scales, random_model, small_config
 from tests.standins.fixtures import install_cuda, uninstall
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'stts-export[trt-rtx]'")
@@ -68,6 +73,28 @@ def test_engines_take_what_the_contract_says(rtx_bundle: Path):
         assert len(caches) == 2 * text.num_layers
         assert [profile["input_ids"].max for profile in decoder.profiles] == [(1, 1), (1, 2048)]
         assert all(engines.path(name).stat().st_size > 10_000 for name in engines.engines)
+
+
+@pytest.mark.parametrize(
+    ("base", "format"), [("bf16", None), ("fp32", "int8"), ("fp16", "int8"), ("fp16", "fp8")]
+)
+def test_decoders_in_bf16_and_in_8_bits_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Precision, format: Format | None
+):
+    """It fails where the last token is taken by a constant index: see `graphs.DecoderStep`."""
+    model = random_model(small_config(**{"text_config.num_hidden_layers": 1}))
+    layers = {}
+    if format is not None:
+        rule = LayerRule(("*",), format, "max")
+        for name in layers_by_group(model.config)["decoder"]:
+            shape = tuple(model.get_parameter(f"{name}.weight").shape)
+            layers[name] = any_scales(shape, rule)
+    export_graph(model, DECODER, Numerics(base, layers), tmp_path / GRAPH_FOLDER)
+    _fewer_graphs(monkeypatch, DECODER)
+    (target,) = tensorrt_rtx.targets(("sm89",))
+    engines = engines_from_graphs(tmp_path, target, EngineSpec(model.config, base, 4, 128))
+    assert len(engines.engines[DECODER].profiles) == 2
+    assert engines.path(DECODER).stat().st_size > 10_000
 
 
 def test_engines_come_first_among_the_targets(rtx_bundle: Path):
