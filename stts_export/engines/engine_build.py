@@ -31,6 +31,7 @@ from stts_export.tensors import (
     GraphSpec,
     Precision,
     Profile,
+    Range,
     TensorSpec,
     graph_file,
     graph_specs,
@@ -58,6 +59,9 @@ class Target:
     compute_capabilities: tuple[str, ...] = ()
     """What the library is told to build for; this machine's GPU when empty."""
     plugin: Path | None = None
+    one_profile: bool = False
+    """Whether an engine has one profile for all calls: where the library gives each profile weights
+    of its own."""
 
     @property
     def folder(self) -> str:
@@ -158,18 +162,32 @@ def _job(
     if graph.name == variant(DECODER, FIXED):
         _write_fixed(onnx.with_name("model.onnx"), onnx, spec.max_tokens)
     engines = folder / ENGINE_FOLDER / target.folder
+    made = profiles(graph, spec.config, max_frames=spec.max_frames, max_tokens=spec.max_tokens)
     return EngineJob(
         target.module,
         graph,
         onnx,
         engines / f"{name}.engine",
-        profiles(graph, spec.config, max_frames=spec.max_frames, max_tokens=spec.max_tokens),
+        (_merged(made),) if target.one_profile else made,
         target.compute_capabilities,
         spec.memory_limit,
         # Engines for another machine's GPU are not timed.
         None if target.compute_capabilities else engines / TIMING_CACHE,
         plugin,
     )
+
+
+def _merged(made: Sequence[Profile]) -> Profile:
+    """One profile for the calls of all of them, tuned for those of the last."""
+
+    def merged(ranges: Sequence[Range]) -> Range:
+        return Range(
+            tuple(min(sides) for sides in zip(*(one.min for one in ranges), strict=True)),
+            ranges[-1].opt,
+            tuple(max(sides) for sides in zip(*(one.max for one in ranges), strict=True)),
+        )
+
+    return {name: merged([profile[name] for profile in made]) for name in made[-1]}
 
 
 def _fixed_spec(spec: GraphSpec, axis: str, size: int) -> GraphSpec:

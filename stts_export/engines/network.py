@@ -301,6 +301,7 @@ def _add_profile(
     builder: Any, config: Any, job: EngineJob, ranges: Profile, logger: Any
 ) -> Profile:
     profile = builder.create_optimization_profile()
+    profile.extra_memory_target = 0  # no weights of its own beside those of the first
     shape_tensors = {tensor.name for tensor in job.spec.inputs if tensor.is_shape}
     try:
         for name, values in ranges.items():

@@ -1,6 +1,8 @@
 """TensorRT for RTX: engines for RTX GPUs, built on any machine, with or without a GPU.
 
-Plugins abort its parser, so windows are selected and packed on the host.
+Plugins abort its parser, so windows are selected and packed on the host. Every profile of an
+engine has weights of its own, whatever `extra_memory_target` says; and kernels are compiled for the
+shapes at hand, where the engine runs. So there is one profile.
 """
 
 from __future__ import annotations
@@ -35,7 +37,15 @@ def targets(requested: Sequence[str]) -> tuple[Target, ...]:
         _check(name)
     version = str(import_library(TENSORRT_RTX).__version__)
     return tuple(
-        Target(TENSORRT_RTX, MODULES[TENSORRT_RTX], version, name, GRAPHS, (name.upper(),))
+        Target(
+            TENSORRT_RTX,
+            MODULES[TENSORRT_RTX],
+            version,
+            name,
+            GRAPHS,
+            (name.upper(),),
+            one_profile=True,
+        )
         for name in requested or (_own(),)
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from stts_export.engines.network import EngineJob, PhaseTree, build_engine
 from stts_export.engines.worker import run_job
 from stts_export.errors import InputError
 from stts_export.tensors import GraphSpec, Range, TensorSpec
+from tests.standins.building import BuilderConfig
 from tests.standins.fixtures import child_calls, install_cuda, install_tensorrt_rtx
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install 'stts-export[trt-rtx]'")
@@ -69,6 +72,21 @@ def test_an_engine_is_built_and_described(job: EngineJob):
     assert _left(job) == {"tiny.engine"}
     assert (fractions[0], fractions[-1]) == (0.0, 1.0)
     assert fractions == sorted(fractions)
+
+
+def test_no_profile_gets_weights_of_its_own(job: EngineJob, monkeypatch: pytest.MonkeyPatch):
+    taken = []
+
+    def add(config: Any, profile: Any) -> int:
+        taken.append(profile.extra_memory_target)
+        return len(taken) - 1
+
+    install_tensorrt_rtx(monkeypatch, install_cuda(monkeypatch, driver=0))
+    standin = sys.modules["tensorrt_rtx"]
+    monkeypatch.setattr(BuilderConfig, "add_optimization_profile", add)
+    with suppress(InputError):  # profiles are missing, then
+        build_engine(standin, replace(job, profiles=job.profiles * 2), lambda fraction: True)
+    assert taken == [0, 0]
 
 
 def test_a_build_that_is_told_to_stop_leaves_nothing(job: EngineJob):

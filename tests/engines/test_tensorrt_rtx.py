@@ -71,7 +71,8 @@ def test_engines_take_what_the_contract_says(rtx_bundle: Path):
         cache = (1, text.num_kv_heads, 2048, text.head_dim)
         assert {(t.dtype, t.shape) for t in caches} == {(activation, cache)}
         assert len(caches) == 2 * text.num_layers
-        assert [profile["input_ids"].max for profile in decoder.profiles] == [(1, 1), (1, 2048)]
+        (profile,) = decoder.profiles  # each would have weights of its own
+        assert profile["input_ids"] == Range((1, 1), (1, 1024), (1, 2048))
         assert all(engines.path(name).stat().st_size > 10_000 for name in engines.engines)
 
 
@@ -93,7 +94,6 @@ def test_decoders_in_bf16_and_in_8_bits_are_built(
     _fewer_graphs(monkeypatch, DECODER)
     (target,) = tensorrt_rtx.targets(("sm89",))
     engines = engines_from_graphs(tmp_path, target, EngineSpec(model.config, base, 4, 128))
-    assert len(engines.engines[DECODER].profiles) == 2
     assert engines.path(DECODER).stat().st_size > 10_000
 
 
@@ -117,7 +117,7 @@ def test_inspect_lists_engines(rtx_bundle: Path, capsys):
         engine["bytes"]
         == (rtx_bundle / "engines/tensorrt-rtx-1.7.1-sm89/decoder.engine").stat().st_size
     )
-    assert engine["profiles"][1]["input_ids"] == {"min": [1, 1], "opt": [1, 1024], "max": [1, 2048]}
+    assert engine["profiles"][0]["input_ids"] == {"min": [1, 1], "opt": [1, 1024], "max": [1, 2048]}
 
 
 @pytest.mark.parametrize("damage", ["missing", "unlisted", "incomplete"])
