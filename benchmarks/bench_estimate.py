@@ -34,6 +34,7 @@ from stts_export.files import write_json
 from stts_export.limits import kept_windows
 from stts_export.sizes import graph_bytes
 from stts_export.training.config import ModelShape, model_json
+from stts_export.training.tokenizer import build_tokenizer, save_tokenizer_files
 
 _SAMPLE_SECONDS = 0.002
 _NEW_TOKENS = 4
@@ -71,14 +72,17 @@ def _decoder(width: int, heads: int, kv_heads: int, mlp: int, layers: int) -> di
     }  # fmt: skip
 
 
+_TOKENIZER = build_tokenizer()
+"""Of quantised models, which are calibrated with questions; a checkpoint with its size has it."""
 _NARROW = ModelShape(**_tower(384, 6, 1536, 8, 27), **_decoder(1024, 16, 4, 3072, 6))
 _REAL_TOWER = ModelShape(**_tower(1152, 16, 4304, 7, 27), **_decoder(768, 6, 2, 2048, 3))
 _SMALL_GRID = ModelShape(**_tower(768, 12, 3072, 8, 18), **_decoder(1536, 12, 4, 4608, 4))
 CASES = (
     Case("narrow", _NARROW, 32_000, "fp32", 16, 1000),
     Case("narrow, half", _NARROW, 32_000, "fp16", 16, 1000),
-    Case("narrow, int8", _NARROW, 32_000, "int8", 16, 1000),
-    Case("narrow, int4", _NARROW, 32_000, "int4", 16, 1000),
+    Case("narrow, int8", _NARROW, _TOKENIZER[1], "int8", 16, 1000),
+    Case("narrow, int4", _NARROW, _TOKENIZER[1], "int4", 16, 1000),
+    Case("narrow, cpu", _NARROW, _TOKENIZER[1], "cpu", 16, 1000),
     Case("real tower", _REAL_TOWER, 8_000, "fp32", 12, 500),
     Case("small grid", _SMALL_GRID, 50_000, "fp32", 32, 500),
 )
@@ -155,15 +159,17 @@ def measure_build(case: Case, folder: Path) -> dict[str, Any]:
     from stts_export.build import BuildSpec, bundle_from_checkpoint
     from stts_export.checkpoint import save_checkpoint
     from stts_export.model.vlm import SttsModel
-    from stts_export.training.tokenizer import build_tokenizer, save_tokenizer_files
 
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     if not checkpoint.is_dir():
         torch.manual_seed(0)
         config = ModelConfig.from_dict(values(case), has_scorer=True)
-        save_checkpoint(SttsModel(config).eval(), checkpoint)
-        tokenizer, _ = build_tokenizer()
-        save_tokenizer_files(tokenizer, checkpoint, max_frames=case.frames)
+        model = SttsModel(config).eval()
+        if case.vocab_size == _TOKENIZER[1]:
+            model = model.bfloat16()  # fp32 weights would be mapped, and not count
+        save_checkpoint(model, checkpoint)
+        if case.vocab_size == _TOKENIZER[1]:
+            save_tokenizer_files(_TOKENIZER[0], checkpoint, max_frames=case.frames)
         return {}
     stages: dict[str, int] = {}
     names: list[str] = []

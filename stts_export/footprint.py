@@ -405,6 +405,8 @@ def _gpu_prefill(plan: Plan) -> int:
 
 _EXPORTER = 360_000_000
 """Python with torch, onnx and the exporter, once a graph was traced."""
+_CALIBRATOR = 420_000_000
+"""Python with torch and modelopt."""
 _SAMPLES = 256
 """Rows of a layer's input that calibration samples; `calibration.statistics.ROWS`."""
 _TRACED = 3_400_000
@@ -436,23 +438,25 @@ def _export_memory(plan: Plan, graph: str) -> int:
         head = 0 if plan.precision == "fp32" else _head(plan)
         layer = sum(t.count for t in plan.held[DECODER].tensors if t.transposed) // text.num_layers
         held = max(head, layer * _FLOAT)
+    if plan.is_quantised:  # what was calibrated stays for the gates
+        held += _CALIBRATOR - _EXPORTER + _whole(plan)
     return _EXPORTER + traced * _TRACED + held
-
-
-def _plain(plan: Plan) -> dict[str, Weights]:
-    """Weights of the graphs of a session, without those that are there twice."""
-    return {name: plan.held[name] for name in _SESSION_GRAPHS}
 
 
 def _answering(plan: Plan) -> int:
     """Bytes at the peak of the checkpoint in fp32, all of it in memory, that answers about clips.
 
-    Its activations are taken to be those of ONNX Runtime.
+    The tower takes a clip at once. Its activations, and the decoder's, are taken to be those of
+    ONNX Runtime.
     """
-    settings = replace(plan.settings, recipe=Recipe.plain("fp32"))
-    fp32 = replace(plan, settings=settings, rules={}, held={name: Weights() for name in plan.held})
-    numbers = sum(held.count for held in _plain(plan).values())
-    return _EXPORTER + numbers * _FLOAT + peak(cpu_parts(replace(fp32, tied=False))) - PROCESS
+    fp32 = replace(plan, settings=replace(plan.settings, recipe=Recipe.plain("fp32")))
+    tower = fp32.settings.max_frames * _cpu_block(fp32) + fp32.pixels * _FLOAT + fp32.hidden
+    return _CALIBRATOR + _whole(plan) + int(_ARENA * max(tower, _cpu_prefill(fp32)))
+
+
+def _whole(plan: Plan) -> int:
+    """Bytes of all weights in fp32."""
+    return sum(plan.held[name].count for name in _SESSION_GRAPHS) * _FLOAT
 
 
 def _candidate(plan: Plan) -> int:
@@ -461,8 +465,7 @@ def _candidate(plan: Plan) -> int:
     Of the latter the rounded weights are held, and they at the graphs' type.
     """
     if needs_engines(plan.settings.recipe):
-        numbers = sum(held.count for held in _plain(plan).values())
-        return numbers * (_FLOAT + BYTES[plan.precision])
+        return _whole(plan) + _whole(plan) // _FLOAT * BYTES[plan.precision]
     return peak(cpu_parts(plan)) - PROCESS
 
 

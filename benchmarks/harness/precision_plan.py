@@ -16,7 +16,9 @@ REFERENCE = "fp32"
 """Recipe that the others are compared with."""
 ABLATED = "int8"
 """Recipe whose layers the ablation rounds for comparison."""
-RECIPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4", "nvfp4", "orin", "h200")
+RECIPES = (
+    "fp32", "fp16", "bf16", "fp8", "int8", "int4", "nvfp4", "cpu", "orin", "thor", "h200", "rtx",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

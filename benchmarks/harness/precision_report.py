@@ -239,8 +239,10 @@ def _speed(results: Results) -> str:
     return section(
         "Time on a CPU",
         "CPU time on one thread of ONNX Runtime; the number behind it is the time over fp32's for "
-        "the same clip: above 1 is slower. The formats are meant for GPUs, and Q/DQ nodes are what "
-        f"their compilers fuse; this is what ONNX Runtime makes of them on a CPU. {said}",
+        "the same clip: above 1 is slower. All recipes but `cpu` are meant for GPUs, whose "
+        "compilers fuse Q/DQ nodes with any base. ONNX Runtime multiplies int8 with int8 beside "
+        "fp32, and int4 beside fp32 and fp16; other weights it converts on every call. "
+        f"{said}",
         table(["recipe", "encode", "prefill", "each token"], rows),
         f"Medians, and quartiles in brackets, of {len(speed['frames'])} clips of "
         f"{min(speed['frames'])} to {max(speed['frames'])} frames at ratio {results.ratio:g}, "
@@ -277,7 +279,7 @@ def _ablation(results: Results) -> str:
         "Why the scorer and what it reads stay in high precision",
         "A score decides which windows stay, and no later layer brings back a window that a "
         "rounded score has removed. So no recipe may touch the scorer or the patch embedding, and "
-        "the shipped ones leave the blocks before the scores (group `scoring`) at half precision. "
+        "the shipped ones leave the blocks before the scores (group `scoring`) at their base. "
         "What int8 would do there, part by part, with all the rest in fp32:",
         table(
             ["in int8", "layers", "windows decided otherwise", "Jaccard", "largest score error"],

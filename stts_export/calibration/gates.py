@@ -36,6 +36,7 @@ from stts_export.calibration.quant_report import (
 from stts_export.calibration.recipe import Gates
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError, did_you_mean
+from stts_export.machine import return_freed_memory
 from stts_export.model.language import attention_mask
 from stts_export.runtime import planner
 from stts_export.runtime.decoder import NotFiniteError
@@ -123,6 +124,7 @@ def measure(
                 comparison.tapped = stack.enter_context(opened)
         for done, clip in enumerate(clips, start=1):
             found.append(comparison.run(clip))
+            return_freed_memory()
             if on_clip:
                 on_clip(done, len(clips))
     ranked = _ranked(errors, layers, config)

@@ -83,7 +83,7 @@ def protected_layers(config: ModelConfig) -> dict[str, str]:
     """Layers that no recipe may touch, and why; the names end in `*` where they are many."""
     scores = "a score decides which windows stay, and an error there cannot be mended later"
     protected = {
-        "vision.embedding.projection": "of all that can be rounded it moves the scores most",
+        "vision.embedding.projection": "every score depends on it, and rounding it moves windows",
     }
     if config.vision.pruning is not None:
         protected["vision.scorer.*"] = scores

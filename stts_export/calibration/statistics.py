@@ -33,6 +33,7 @@ from stts_export.calibration.layers import input_groups
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
 from stts_export.files import whole
+from stts_export.machine import return_freed_memory
 from stts_export.model.vlm import SttsModel
 from stts_export.runtime.demux import UnreliableTimesError
 from stts_export.runtime.planner import n_prune
@@ -191,6 +192,7 @@ def collect(
         if known is None:
             known = _clip_statistics(answerer, clip, ratio, share)
             _write(file, known, made_from)
+            return_freed_memory()
         parts.append(known)
         if on_progress is not None:
             on_progress(done, len(clips))

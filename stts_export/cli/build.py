@@ -31,7 +31,8 @@ def options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--precision", metavar="RECIPE",
         help="number formats: fp32 (default), fp16, bf16, fp8, int8, int4, nvfp4, one for a class "
-        "of devices (orin, thor, h200, rtx), or a YAML file; a bundle's own when built from one",
+        "of devices (cpu, orin, thor, h200, rtx), or a YAML file; a bundle's own when built from "
+        "one",
     )  # fmt: skip
     verb.add_argument(
         "--auto", metavar="DEVICE",

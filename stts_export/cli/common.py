@@ -56,6 +56,7 @@ def stages() -> Iterator[Report]:
             bars[stage].update(done)
             if done == total:
                 began = time.monotonic()
+                del bars[stage]  # it may come again
 
         yield report
 

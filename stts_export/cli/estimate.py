@@ -22,7 +22,7 @@ def options(verb: argparse.ArgumentParser) -> None:
         default="this",
     )
     verb.add_argument("--revision", help="of a checkpoint on the hub, as for build")
-    verb.add_argument("--precision", help="fp32 (default) or fp16; a bundle's own")
+    verb.add_argument("--precision", help="recipe, as for build (fp32); a bundle's own")
     verb.add_argument("--max-frames", type=int, help="longest clip; as build if absent")
     verb.add_argument(
         "--max-tokens", type=int, help="longest sequence; what the longest clip needs if absent"

@@ -25,7 +25,7 @@ from benchmarks.harness.precision_plan import RECIPES, Settings
 from benchmarks.harness.precision_report import report
 from benchmarks.harness.precision_results import Results
 from benchmarks.harness.precision_run import Bench
-from docs import update_precision
+from docs.update_precision import DOCUMENT
 from stts_export.calibration.formats import check_formats
 from stts_export.calibration.quant_report import (
     ANSWERS_CHANGED,
@@ -212,7 +212,7 @@ def test_a_recipe_that_was_changed_since_is_named():
 def test_a_document_without_int8_has_no_picture_of_its_layers(tmp_path: Path):
     results = tmp_path / "results.json"
     results.write_text(json.dumps(made_up(GOOD[0])))
-    update_precision.main(["--results", str(results), "--folder", str(tmp_path)])
+    DOCUMENT.main(["--results", str(results), "--folder", str(tmp_path)], None)
     assert "precision_layers.png" not in (tmp_path / "precision.md").read_text()
     assert not (tmp_path / "precision_layers.png").exists()
     assert (tmp_path / "precision_accuracy.png").exists()
@@ -232,20 +232,20 @@ def test_check_fails_when_something_is_outdated(tmp_path: Path):
     results.write_text(json.dumps(made_up(*GOOD)))
     names = ["precision.md", "precision_accuracy.png", "precision_layers.png"]
     folder.mkdir()
-    assert update_precision.outdated(results, folder) == names
-    update_precision.main(["--results", str(results), "--folder", str(folder)])
-    assert update_precision.outdated(results, folder) == []
+    assert DOCUMENT.outdated(results, folder) == names
+    DOCUMENT.main(["--results", str(results), "--folder", str(folder)], None)
+    assert DOCUMENT.outdated(results, folder) == []
     with pytest.raises(SystemExit) as done:
-        update_precision.main(["--check", "--results", str(results), "--folder", str(folder)])
+        DOCUMENT.main(["--check", "--results", str(results), "--folder", str(folder)], None)
     assert done.value.code == 0
     results.write_text(json.dumps(made_up(*GOOD[:2])))
     with pytest.raises(SystemExit, match=r"precision\.md, .*: run python docs/update_precision"):
-        update_precision.main(["--check", "--results", str(results), "--folder", str(folder)])
+        DOCUMENT.main(["--check", "--results", str(results), "--folder", str(folder)], None)
 
 
 def test_the_document_says_how_to_measure_when_nothing_is_there(tmp_path: Path):
     with pytest.raises(SystemExit, match=r"run python benchmarks/bench_precision\.py first"):
-        update_precision.main(["--results", str(tmp_path / "none.json")])
+        DOCUMENT.main(["--results", str(tmp_path / "none.json")], None)
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "nvfp4", "int8", "bf16"])

@@ -14,7 +14,7 @@ from benchmarks.harness.evidence_claims import beats, claims, points
 from benchmarks.harness.evidence_plan import MAIN, SCALING, VARIANTS, Variant
 from benchmarks.harness.evidence_report import missing_parts, percent, report
 from benchmarks.harness.evidence_stats import Difference, Evidence, Mean, Setting
-from docs import update_results
+from docs.update_results import DOCUMENT
 from stts_export.errors import InputError
 from stts_export.training.selectors import SELECTORS, STTS
 
@@ -357,7 +357,7 @@ def written(results, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     folder = tmp_path_factory.mktemp("docs")
     file = folder / "evidence.json"
     file.write_text(json.dumps(results), encoding="utf-8")
-    update_results.main(["--results", str(file), "--folder", str(folder)])
+    DOCUMENT.main(["--results", str(file), "--folder", str(folder)], None)
     return file, folder
 
 
@@ -373,24 +373,24 @@ def test_pictures_are_drawn_and_small(written):
 
 def test_a_check_fails_when_anything_is_older_than_the_results(written, tmp_path: Path):
     file, folder = written
-    assert update_results.outdated(file, folder) == []
+    assert DOCUMENT.outdated(file, folder) == []
     other = tmp_path / "other.json"
     other.write_text(json.dumps(made_up(seeds=(4, 5))), encoding="utf-8")
     names = ["results.md", "results_ratio.png", "results_types.png", "results_frames.png"]
-    assert update_results.outdated(other, folder) == names
+    assert DOCUMENT.outdated(other, folder) == names
     with pytest.raises(SystemExit, match=r"results\.md, .*: run python docs/update_results\.py"):
-        update_results.main(["--check", "--results", str(other), "--folder", str(folder)])
+        DOCUMENT.main(["--check", "--results", str(other), "--folder", str(folder)], None)
     assert not (tmp_path / "results.md").exists()
 
 
 def test_without_results_nothing_is_written(tmp_path: Path):
     with pytest.raises(SystemExit, match=r"run python benchmarks/evidence\.py first"):
-        update_results.main(["--results", str(tmp_path / "no.json"), "--folder", str(tmp_path)])
+        DOCUMENT.main(["--results", str(tmp_path / "no.json"), "--folder", str(tmp_path)], None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_document_shows_the_stored_results():
-    document = ROOT / "docs" / update_results.DOCUMENT
-    assert update_results.RESULTS.exists() == document.exists()
+    document = ROOT / "docs" / DOCUMENT.name
+    assert DOCUMENT.results.exists() == document.exists()
     if document.exists():
-        assert update_results.outdated(update_results.RESULTS, document.parent) == []
+        assert DOCUMENT.outdated(DOCUMENT.results, document.parent) == []

@@ -197,6 +197,19 @@ def test_formats_that_a_target_cannot_run(text_bundle: Path, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_search_leaves_a_folder_of_others_alone(text_bundle: Path, tmp_path: Path):
+    """It would be removed when the search is done."""
+    work = tmp_path / "bundle.search"
+    work.mkdir()
+    (work / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match=r"bundle\.search: holds notes\.txt"):
+        bundle_from_checkpoint(
+            text_bundle.with_name("text_checkpoint"), tmp_path / "bundle", BuildSpec(auto="cpu")
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle.search"]
+    assert [path.name for path in work.iterdir()] == ["notes.txt"]
+
+
 def test_calibrate_refuses_before_it_writes(
     inputs: Path, text_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
