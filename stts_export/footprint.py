@@ -190,12 +190,13 @@ measured here."""
 _TURN = 1.6
 """Memory of a turn of the decoder's attention, per score of it."""
 _CASTS = 1.16
+_CONVERTED = 1.9
+"""Memory of a prefill whose weights are converted on every call, to that of one whose are not."""
 _INT4 = 1.2
 """Bytes of a weight in int4 when it is packed, with its scales."""
 _TWICE = 2 * _FLOAT
 """Bytes of a weight in 8 bits while it is converted to fp32; of an fp16 graph, where it becomes
-fp16 first, twice as many. These two were measured with ONNX Runtime 1.31 on layers of 4096 x 8192
-numbers (`benchmarks/bench_quantised_memory.py`)."""
+fp16 first, twice as many. `benchmarks/bench_estimate.py` compares quantised models as well."""
 _ARENA = 1.25
 """Memory that ONNX Runtime's arena holds, per byte that is in use at the peak of a call."""
 
@@ -233,6 +234,8 @@ def cpu_parts(plan: Plan) -> Iterator[Part]:
     if DECODER not in unkept:
         yield Part(title, int(call * _ARENA), "called")
         return
+    if DECODER not in lean:
+        call = int(call * _CONVERTED)
     at_head = plan.tokens * text.hidden_size * _FLOAT + (_head(plan) if half else 0)
     yield Part(title, max(call + _largest_product(plan, DECODER), at_head), "answer")
 

@@ -27,7 +27,7 @@ from stts_export.checkpoint.streamed import sources
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
 from stts_export.files import json_object, whole, write_json
-from stts_export.machine import available_memory
+from stts_export.machine import available_memory, return_freed_memory
 from stts_export.model.vlm import SttsModel
 from stts_export.training.checkpoint_answerer import CheckpointAnswerer, answerer_of
 
@@ -268,6 +268,7 @@ def calibration_from_checkpoint(
         statistics,
         on_layer=counted(on_progress, "scales of layers"),
     )
+    return_freed_memory()
     made = Calibration(
         recipe,
         layers,
