@@ -48,7 +48,7 @@ from stts_export.bundle import (
 )
 from stts_export.calibration.formats import check_formats, needs_engines
 from stts_export.calibration.layers import Numerics
-from stts_export.calibration.recipe import Recipe, check_recipe_name
+from stts_export.calibration.recipe import Recipe, check_recipe_name, is_recipe_of
 from stts_export.chat_template import check_chat_template
 from stts_export.config import ModelConfig
 from stts_export.engines import tensorrt, tensorrt_rtx
@@ -144,8 +144,6 @@ class BuildSpec:
     """Device to find a recipe for, see `calibration.search.recipe_for_target`."""
 
     def __post_init__(self) -> None:
-        if self.precision is not None:
-            check_recipe_name(self.precision)
         for name, given in (("precision", self.precision), ("calibration", self.calibration)):
             if self.auto is not None and given is not None:
                 raise InputError(
@@ -234,6 +232,8 @@ def bundle_from_checkpoint(
         MissingDependencyError: torch, onnx, onnxruntime or what a back end needs is missing.
     """
     spec = spec or BuildSpec()
+    if spec.precision is not None:
+        check_recipe_name(spec.precision)
     check_name(output)
     partial = output.with_name(output.name + ".partial")
     with readable_disk_errors(Path(checkpoint), partial):
@@ -258,7 +258,8 @@ def bundle_from_checkpoint(
             images = image_preprocessing(folder, source.config.vision)
         limits = _limits(source, spec)
         if spec.auto is not None:  # all that can be refused before a search
-            _plan(source.config, Recipe.load("fp16"), limits, spec, images)
+            half = _plan(source.config, Recipe.load("fp16"), limits, spec, images)
+            _check_fits(partial, half, None, tied=source.looks_tied, exported=False)
         precision = applied.precision_for_build(source, spec, limits, output, on_plan, on_progress)
         recipe = precision.recipe
         plan = _plan(source.config, recipe, limits, spec, images)
@@ -321,6 +322,7 @@ def bundle_from_checkpoint(
             output, partial, plan, stamp, stages, fill, manifest, precision.stages_after(), judge
         )
         _run(work, force, on_stage, on_progress)
+        precision.forget_search()
     return output
 
 
@@ -370,7 +372,10 @@ def bundle_from_bundle(
         images = image_preprocessing(source.folder / CONFIG_FOLDER, source.config.vision)
         recipe = Recipe.from_dict(source.manifest.recipe, str(bundle))
         plan = _plan(source.config, recipe, limits, spec, images, bundle)
-        files = _copied_files(source)
+        positions = spec.positions or source.manifest.positions
+        judged = (source.manifest.positions, source.manifest.limits.min_prune_ratio)
+        is_same = (positions, limits.min_prune_ratio) == judged
+        files = _copied_files(source, with_reports=is_same)
         stored = files[f"{GRAPH_FOLDER}/{DECODER}/{DATA_FILE}"]["size"]
         tied = looks_tied(source.config, recipe.base, stored, recipe.plan(source.config))
         _check_fits(partial, plan, on_plan, tied=tied, exported=True)
@@ -381,9 +386,6 @@ def bundle_from_bundle(
 
         def manifest() -> Manifest:
             made = _manifest_of_copy(source, partial, files, plan)
-            positions = spec.positions or made.positions
-            lowest = source.manifest.limits.min_prune_ratio
-            is_same = (positions, limits.min_prune_ratio) == (made.positions, lowest)
             return replace(made, positions=positions, judged=made.judged if is_same else None)
 
         stamp = {**_fingerprint(spec, plan), "files": files}
@@ -703,10 +705,10 @@ def _manifest_of_copy(
     )
 
 
-def _copied_files(source: Bundle) -> dict[str, dict[str, Any]]:
+def _copied_files(source: Bundle, *, with_reports: bool) -> dict[str, dict[str, Any]]:
     """Graphs and configuration; a decoder of fixed capacity belongs to the engines."""
     fixed = f"{GRAPH_FOLDER}/{graph_file(variant(DECODER, FIXED))}"
-    folders = (f"{GRAPH_FOLDER}/", f"{CONFIG_FOLDER}/", _REPORTS)
+    folders = (f"{GRAPH_FOLDER}/", f"{CONFIG_FOLDER}/") + (_REPORTS,) * with_reports
     return {
         name: entry
         for name, entry in source.manifest.files.items()
@@ -749,7 +751,7 @@ def _narrowed(source: Bundle, spec: BuildSpec) -> Limits:
     """Limits of a bundle that is built from a bundle: the same or narrower."""
     own, where = source.manifest.limits, str(source.folder)
     built = source.manifest.precision_name
-    if spec.precision not in (None, built):
+    if spec.precision is not None and not is_recipe_of(spec.precision, source.manifest.recipe):
         quantised = " quantised already, to" if source.manifest.formats else ""
         raise InputError(
             f"precision {spec.precision}, but the bundle's graphs are{quantised} {built}",

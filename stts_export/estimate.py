@@ -59,6 +59,8 @@ class _Source:
     tied: bool
     exported: bool
     calibrated: bool = False
+    free: int | None = None
+    """Memory that the build finds free, if it is known."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def _estimate(source: _Source, settings: Settings, device: Device | None) -> Est
         if config.vision.pruning is not None:
             engines |= dict.fromkeys(plain_engines(settings.backend), 100_000)
     room = device.usable if device else None
-    plan = Plan(config, settings, tokens, windows, rules, held, tied, room)
+    plan = Plan(config, settings, tokens, windows, rules, held, tied, room, source.free)
     on_cpu = settings.backend == ONNXRUNTIME
     return Estimate(
         settings=settings,
@@ -325,7 +327,7 @@ def nearest(planned: Estimate) -> list[tuple[str, Estimate]]:
     def changes(start: Settings) -> Iterator[tuple[str, Estimate]]:
         return _single_changes(source.config, start, tried, planned.tokens)
 
-    smaller = {} if source.exported else _smaller_recipes(settings, device)
+    smaller = {} if source.exported else _smaller_recipes(source.config, settings, device)
     fitting = ((name, tried(replace(settings, recipe=one))) for name, one in smaller.items())
     found = [(f"--precision {name}", one) for name, one in fitting if one.fits][:1]
     found += changes(settings)
@@ -339,24 +341,27 @@ def nearest(planned: Estimate) -> list[tuple[str, Estimate]]:
         if settings.backend == ONNXRUNTIME and not other.unified:
             continue  # its memory is not what the process has
         there = _on_device(settings, other)
-        if _runs(there.recipe, there.backend, other) and tried(there, other).fits:
+        if _runs(there.recipe, there.backend, other, source.config) and tried(there, other).fits:
             return [*found, (f"--target {other.name}", tried(there, other))]
     return found
 
 
-def _smaller_recipes(settings: Settings, device: Device) -> dict[str, Recipe]:
+def _smaller_recipes(config: ModelConfig, settings: Settings, device: Device) -> dict[str, Recipe]:
     """Recipes that take less than a plain one and run on a device, the closest to it first."""
     base = settings.recipe.base
     if base == "bf16" or settings.recipe.gates is not None:
         return {}  # somebody has chosen
     smaller = {"fp16": Recipe.plain("fp16")} if base == "fp32" else {}
     int4 = Recipe.load("int4")
-    return {**smaller, "int4": int4} if _runs(int4, settings.backend, device) else smaller
+    runs = _runs(int4, settings.backend, device, config)
+    return {**smaller, "int4": int4} if runs else smaller
 
 
-def _runs(recipe: Recipe, backend: str, device: Device) -> bool:
+def _runs(recipe: Recipe, backend: str, device: Device, config: ModelConfig) -> bool:
+    """Whether a back end has the formats, and they can hold the model's layers."""
     try:
         _check_formats(recipe, backend, device)
+        weights(config, rules=recipe.plan(config))
     except InputError:
         return False
     return True
@@ -451,9 +456,10 @@ def check_build(
     Raises:
         InputError: too little memory or disk; with settings that need less.
     """
+    free, swap = available_memory(), free_swap()
     plans = [
         _estimate(
-            _Source(config, tied, exported or index > 0, calibrated),
+            _Source(config, tied, exported or index > 0, calibrated, free),
             Settings(recipe, max_frames, max_tokens, min_prune_ratio, backend, decomposed),
             None,
         )
@@ -464,11 +470,11 @@ def check_build(
         stages += plan.stages[1:]  # graphs are written once
     memory, disk = max(stage.memory for stage in stages), sum(stage.disk for stage in stages)
     worst = max(stages, key=lambda stage: stage.memory)
-    free, swap = available_memory(), free_swap()
     places = (output.absolute(), *output.absolute().parents)
     folder = next(place for place in places if place.exists())
     usage = shutil.disk_usage(folder)
-    smaller = "" if exported or recipe.base != "fp32" else ", or build with --precision fp16"
+    is_wide = recipe.base == "fp32" and recipe.gates is None and not exported
+    smaller = ", or build with --precision fp16" if is_wide else ""
     if usage.total and usage.free < disk - done:  # /proc has no total
         raise InputError(
             f"{readable_size(usage.free)} free",

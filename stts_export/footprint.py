@@ -118,6 +118,8 @@ class Plan:
     tied: bool
     room: int | None = None
     """Memory that a session finds free on ONNX Runtime; enough for copies of weights when None."""
+    free: int | None = None
+    """Memory that a build finds free; enough for all weights in fp32 when None."""
 
     @property
     def precision(self) -> Precision:
@@ -408,6 +410,8 @@ def _gpu_prefill(plan: Plan) -> int:
 
 _EXPORTER = 360_000_000
 """Python with torch, onnx and the exporter, once a graph was traced."""
+WHOLE_MODEL_ROOM = 2
+"""A checkpoint is loaded whole where this many times its weights in fp32 are free."""
 _CALIBRATOR = 420_000_000
 """Python with torch and modelopt."""
 _SAMPLES = 256
@@ -442,42 +446,53 @@ def _export_memory(plan: Plan, graph: str) -> int:
         layer = sum(t.count for t in plan.held[DECODER].tensors if t.transposed) // text.num_layers
         held = max(head, layer * _FLOAT)
     if plan.is_quantised:  # what was calibrated stays for the gates
-        held += _CALIBRATOR - _EXPORTER + _whole(plan)
+        held += _CALIBRATOR - _EXPORTER + _reference(plan)
     return _EXPORTER + traced * _TRACED + held
 
 
 def _answering(plan: Plan) -> int:
-    """Bytes at the peak of the checkpoint in fp32, all of it in memory, that answers about clips.
+    """Bytes at the peak of the checkpoint in fp32 that answers about clips.
 
     The tower takes a clip at once. Its activations, and the decoder's, are taken to be those of
     ONNX Runtime.
     """
     fp32 = replace(plan, settings=replace(plan.settings, recipe=Recipe.plain("fp32")))
     tower = fp32.settings.max_frames * _cpu_block(fp32) + fp32.pixels * _FLOAT + fp32.hidden
-    return _CALIBRATOR + _whole(plan) + int(_ARENA * max(tower, _cpu_prefill(fp32)))
+    activations = int(_ARENA * max(tower, _cpu_prefill(fp32)))
+    return _CALIBRATOR + _reference(plan) + activations + 2 * _statistics(plan)
 
 
-def _whole(plan: Plan) -> int:
-    """Bytes of all weights in fp32."""
-    return sum(plan.held[name].count for name in _SESSION_GRAPHS) * _FLOAT
+def _reference(plan: Plan) -> int:
+    """Bytes of the checkpoint's weights in fp32: all, or one where they stay on disk.
+
+    See `calibration.calibrate.reference_model`.
+    """
+    whole = sum(plan.held[name].count for name in _SESSION_GRAPHS) * _FLOAT
+    if plan.free is None or whole * WHOLE_MODEL_ROOM <= plan.free:
+        return whole
+    tensors = (t for name in _SESSION_GRAPHS for t in plan.held[name].tensors)
+    return max(tensor.count for tensor in tensors) * _FLOAT
 
 
 def _candidate(plan: Plan) -> int:
     """Bytes of what is compared with it: a session, or PyTorch where ONNX Runtime has no kernels.
 
-    Of the latter the rounded weights are held, and they at the graphs' type.
+    A session's graphs are opened a second time, without copies, to show what layers give. Of
+    PyTorch the rounded weights are held, and they at the graphs' type.
     """
     if needs_engines(plan.settings.recipe):
-        return _whole(plan) + _whole(plan) // _FLOAT * BYTES[plan.precision]
-    return peak(cpu_parts(plan)) - PROCESS
+        numbers = sum(plan.held[name].count for name in _SESSION_GRAPHS)
+        return numbers * (_FLOAT + BYTES[plan.precision])
+    left = None if plan.free is None else plan.free - _reference(plan)
+    tapped = sum(_copies(plan, name, lean=True) for name in _SESSION_GRAPHS)
+    return peak(cpu_parts(replace(plan, room=left))) - PROCESS + tapped
 
 
 def _statistics(plan: Plan) -> int:
-    """Bytes of the samples of every layer's input that calibration keeps."""
-    quantised = {name for name, rule in plan.rules.items() if rule.quantised}
-    first = {names[0] for names in input_groups(plan.config) if quantised & set(names)}
+    """Bytes of the samples that calibration keeps of every layer's input."""
     inputs = {t.layer: t.inputs for held in plan.held.values() for t in held.tensors if t.layer}
-    return sum(inputs[name] for name in first if name in inputs) * _SAMPLES * _FLOAT
+    first = (names[0] for names in input_groups(plan.config))
+    return sum(inputs.get(name, 0) for name in first) * _SAMPLES * _FLOAT
 
 
 def build_stages(
@@ -500,6 +515,9 @@ def build_stages(
     if exported:
         yield Stage("copy the graphs", PROCESS, sum(files.values()))
     else:
+        if plan.precision == "fp16":
+            memory = _export_memory(plan, VISION_LOWER)
+            yield Stage("check the ranges of activations", memory, 0)
         if plan.is_quantised and not calibrated:
             yield Stage("calibrate", _answering(plan), _statistics(plan))
         folders = dict.fromkeys(file.partition("/")[0] for file in files)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stts_export.calibration.layers import NVFP4_BLOCK, QUANTISED, Format, input_groups
-from stts_export.calibration.recipe import LayerRule, block_of
+from stts_export.calibration.recipe import LayerRule, block_of, check_nvfp4
 from stts_export.config import ModelConfig
 from stts_export.tensors import (
     ACTIVATION,
@@ -123,6 +123,7 @@ def _quantised(held: Weights, rules: Mapping[str, LayerRule], first: Mapping[str
 def _scales(tensor: Tensor, rule: LayerRule) -> Tensor:
     """Scales of a quantised matrix."""
     if rule.format == "nvfp4":
+        check_nvfp4(tensor.inputs, tensor.layer)
         return Tensor(tensor.count // NVFP4_BLOCK, "scale", "fp8")
     if rule.format == "int4":
         return Tensor(tensor.count // block_of(tensor.inputs, rule.block, tensor.layer), "scale")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +26,16 @@ from stts_export.calibration.calibrate import (
     ratio_of,
     reference_model,
 )
-from stts_export.calibration.clips import ClipSet
+from stts_export.calibration.clips import ClipSet, check_clip_set
 from stts_export.calibration.formats import needs_engines
 from stts_export.calibration.gates import measure
-from stts_export.calibration.layers import Numerics
-from stts_export.calibration.overflow import check_interface, layers_at_risk, ranges_of
+from stts_export.calibration.layers import Numerics, layer_names
+from stts_export.calibration.overflow import (
+    LARGEST_FP16,
+    check_interface,
+    layers_at_risk,
+    ranges_of,
+)
 from stts_export.calibration.quant_report import GATES_FILE, PICTURE_FILE, QuantReport
 from stts_export.calibration.recipe import Recipe
 from stts_export.calibration.rounding import rounded_model
@@ -47,6 +53,8 @@ from stts_export.training.checkpoint_answerer import CheckpointAnswerer, answere
 if TYPE_CHECKING:
     from stts_export.build import BuildSpec
 
+log = logging.getLogger(__name__)
+
 CALIBRATE, RANGES, JUDGE = "calibrate", "check the ranges of activations", "judge on held-out clips"
 """Stages of a build."""
 
@@ -61,6 +69,7 @@ class Precision:
         given: its scales; they are found when None.
         clips: to calibrate and judge on; a calibration's own, or the default set, when None.
         limits: of the bundle.
+        search: see below.
 
     Raises:
         InputError: the recipe names layers that are not there, the calibration is of something
@@ -72,6 +81,8 @@ class Precision:
     given: Calibration | None
     clips: Path | None
     limits: Limits
+    search: Path | None = None
+    """Folder of the search that found the recipe; None when there was none."""
 
     def __post_init__(self) -> None:
         if self.given is not None:
@@ -128,16 +139,22 @@ class Precision:
                 ranges[name] = max(largest, ranges.get(name, 0.0))
         if is_half:
             check_interface(ranges, self.source.config)
-            fp32 |= set(layers_at_risk(ranges, self.source.config))
-        if calibration is None:
-            return Numerics(self.recipe.base, {}, frozenset(fp32))
+            at_risk = layers_at_risk(ranges, self.source.config)
+            for name, largest in at_risk.items():
+                log.warning(
+                    "%s stays fp32: values reach %.3g, and fp16 ends at %g",
+                    name, largest, LARGEST_FP16,
+                )  # fmt: skip
+            fp32 |= set(at_risk)
         kept = {module for name in fp32 for module in modules_with(name)}
-        layers = {
-            name: how
-            for name, how in calibration.layers.items()
-            if not kept.issuperset(modules_with(name))
-        }
-        return Numerics(self.recipe.base, layers, frozenset(fp32), calibration.cache)
+        whole = [n for n in layer_names(self.source.config) if kept.issuperset(modules_with(n))]
+        beside = [name for name in whole if name not in fp32]
+        if beside:
+            log.warning("in the same parts, and so fp32 as well: %s", ", ".join(beside))
+        if calibration is None:
+            return Numerics(self.recipe.base, {}, frozenset(whole))
+        layers = {name: how for name, how in calibration.layers.items() if name not in whole}
+        return Numerics(self.recipe.base, layers, frozenset(whole), calibration.cache)
 
     def _calibration(
         self, folder: Path, begin: Callable[[str], None], on_progress: OnProgress | None
@@ -185,6 +202,11 @@ class Precision:
         from stts_export.checkpoint import streamed_model
 
         return streamed_model(self.source)
+
+    def forget_search(self) -> None:
+        """Remove what the search collected, once the bundle is written."""
+        if self.search is not None:
+            shutil.rmtree(self.search)
 
     def judge(
         self, folder: Path, numerics: Numerics, on_progress: OnProgress | None
@@ -267,12 +289,23 @@ def precision_for_build(
     made = None if spec.calibration is None else Calibration.from_folder(spec.calibration)
     precision = Precision(source, recipe, made, spec.clips, limits)
     if precision.is_quantised:
-        _check_packages(needs_scales=made is None)
+        check_packages(needs_scales=made is None)
+    if spec.clips is not None:
+        _check_clips(recipe, spec.clips)
     return precision
 
 
-def _check_packages(*, needs_scales: bool) -> None:
-    """Find out before the work whether everything that it needs is installed."""
+def _check_clips(recipe: Recipe, clips: Path) -> None:
+    needs = recipe.calibration
+    check_clip_set(clips, needs_calibration=needs.clips, needs_held_out=needs.held_out)
+
+
+def check_packages(*, needs_scales: bool) -> None:
+    """Find out before the work whether everything that it needs is installed.
+
+    Raises:
+        MissingDependencyError: something is not.
+    """
     for name in ("modelopt", "matplotlib") if needs_scales else ("matplotlib",):
         if find_spec(name) is None:
             raise MissingDependencyError(
@@ -292,16 +325,19 @@ def _searched(
     on_progress: OnProgress | None,
 ) -> Precision:
     find_place(target)
-    _check_packages(needs_scales=True)
+    check_packages(needs_scales=True)
+    if clips is not None:
+        _check_clips(Recipe.plain("fp32"), clips)
     # What an interrupted search has collected serves the next one.
     work = output.with_name(f"{output.name}.search")
-    check_folder(work)  # it is removed in the end
+    check_folder(work)  # it is removed once the bundle is written
     answerer = answerer_of(source, reference_model(source), limits.max_frames)
     found = recipe_for_target(
         source,
         target,
         work,
         clips=clips,
+        min_prune_ratio=limits.min_prune_ratio,
         answerer=answerer,
         on_step=None if on_plan is None else (lambda step: on_plan(step.line())),
         on_progress=on_progress,
@@ -317,8 +353,7 @@ def _searched(
             answerer=answerer,
             on_progress=on_progress,
         )
-    shutil.rmtree(work)
-    return Precision(source, found.recipe, made, clips, limits)
+    return Precision(source, found.recipe, made, clips, limits, work)
 
 
 def judged(report: QuantReport) -> Judged:

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from stts_export.checkpoint.streamed import sources
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
 from stts_export.files import json_object, whole, write_json
+from stts_export.footprint import WHOLE_MODEL_ROOM
 from stts_export.machine import available_memory, return_freed_memory
 from stts_export.model.vlm import SttsModel
 from stts_export.training.checkpoint_answerer import CheckpointAnswerer, answerer_of
 
 SCHEMA = 1
+_TOOLS = ("torch", "nvidia-modelopt")
 CALIBRATION_FILE, SCALES_FILE = "calibration.json", "scales.npz"
 _CLIPS, _STATISTICS = "clips", "statistics"
 
@@ -87,7 +89,7 @@ class Calibration:
                 "layers": described,
                 "tool_versions": {
                     "stts-export": __version__,
-                    **{name: version(name) for name in ("torch", "nvidia-modelopt")},
+                    **{name: version(name) for name in _TOOLS if _is_installed(name)},
                 },
             },
         )
@@ -125,6 +127,15 @@ class Calibration:
         except (KeyError, TypeError, AttributeError, *BROKEN) as error:
             raise InputError(f"cannot be read: {error}", where=str(file), fix=_REPEAT) from None
         return Calibration(recipe, layers, cache, **rest)
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a distribution is; an int8 cache alone needs no modelopt."""
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _cache(recipe: Recipe, file: Path) -> CacheScales | None:
@@ -177,7 +188,7 @@ def reference_model(source: Checkpoint) -> SttsModel:
     """Load a checkpoint in fp32, or leave its weights on disk where memory would not do."""
     free = available_memory()
     needed = 4 * sum(int(np.prod(tensor.shape)) for tensor in source.tensors.values())
-    if free is not None and 2 * needed > free:
+    if free is not None and WHOLE_MODEL_ROOM * needed > free:
         return streamed_model(source)
     return model_from_checkpoint(source)
 
@@ -251,14 +262,14 @@ def calibration_from_checkpoint(
     is_new = not output.exists()
     try:
         found = clips_of(recipe, clips, output, source.config, on_progress)
+        if answerer is None:
+            answerer = answerer_of(source, reference_model(source), max_frames)
+        check_held_out(answerer, found)
     except InputError:
         if is_new:
             shutil.rmtree(output, ignore_errors=True)
         raise
     output.mkdir(parents=True, exist_ok=True)
-    if answerer is None:
-        answerer = answerer_of(source, reference_model(source), max_frames)
-    check_held_out(answerer, found)
     ratio = ratio_of(recipe, source.config, min_prune_ratio)
     statistics = statistics_of(source, answerer, found.calibration, ratio, output, on_progress)
     layers = layers_from_statistics(

@@ -191,17 +191,9 @@ def open_clip_set(
         InputError: there are too few clips, a file is missing or there twice, or the description
             is not valid. Whether a video can be decoded shows when it is read.
     """
-    path = DEFAULT_SET if clips is None else clips
     side = max(_LEAST_SIDE, image_size + image_size % 2)
-    if path.is_dir():
-        described = _folder(path)
-    elif path.is_file():
-        described = _described(path, cache, side)
-    else:
-        raise InputError("there is no such file or folder", where=str(path), allowed=_ALLOWED)
-    _check_enough(described, needs_calibration, needs_held_out, is_default=clips is None)
+    described = _checked(clips, cache, side, needs_calibration, needs_held_out)
     entries = (*described.calibration, *described.held_out)
-    _check_present(entries)
     found = []
     for done, entry in enumerate(entries, start=1):
         if entry.drawn is None:
@@ -217,6 +209,30 @@ def open_clip_set(
     chosen = ClipSet(described.name, tuple(found[:fitted]), tuple(found[fitted:]))
     _check_distinct(chosen, described.where)
     return chosen
+
+
+def check_clip_set(clips: Path, *, needs_calibration: int, needs_held_out: int) -> None:
+    """Find out whether a set is there, and large enough, without reading a video.
+
+    Args and errors as `open_clip_set`.
+    """
+    _checked(clips, Path(), _LEAST_SIDE, needs_calibration, needs_held_out)
+
+
+def _checked(
+    clips: Path | None, cache: Path, side: int, needs_calibration: int, needs_held_out: int
+) -> _Description:
+    """What is said of a set, all of whose files are there."""
+    path = DEFAULT_SET if clips is None else clips
+    if path.is_dir():
+        described = _folder(path)
+    elif path.is_file():
+        described = _described(path, cache, side)
+    else:
+        raise InputError("there is no such file or folder", where=str(path), allowed=_ALLOWED)
+    _check_enough(described, needs_calibration, needs_held_out, is_default=clips is None)
+    _check_present((*described.calibration, *described.held_out))
+    return described
 
 
 def _folder(folder: Path) -> _Description:

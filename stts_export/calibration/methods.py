@@ -25,7 +25,7 @@ from stts_export.calibration.layers import (
     LayerQuantization,
     input_groups,
 )
-from stts_export.calibration.recipe import LayerRule, block_of
+from stts_export.calibration.recipe import LayerRule, block_of, check_nvfp4
 from stts_export.calibration.statistics import InputStatistics, ModelStatistics
 from stts_export.checkpoint.streamed import Source
 from stts_export.config import ModelConfig
@@ -118,13 +118,7 @@ def _found(name: str, weight: Tensor, seen: InputStatistics, rule: LayerRule) ->
 
 def _nvfp4(name: str, weight: Tensor, seen: InputStatistics) -> LayerQuantization:
     """Scales of blocks follow from the weight, those of inputs from the data at run time."""
-    if weight.shape[1] % NVFP4_BLOCK:
-        raise InputError(
-            f"{name} has {weight.shape[1]} inputs",
-            where="nvfp4",
-            allowed=f"a multiple of {NVFP4_BLOCK}",
-            fix="leave this layer out of the recipe",
-        )
+    check_nvfp4(weight.shape[1], name)
     scales = weight.unflatten(1, (-1, NVFP4_BLOCK)).abs().amax(-1) / LARGEST["nvfp4"]
     whole = float(seen.amax.max()) / (LARGEST["nvfp4"] * NVFP4_SCALE_LARGEST)
     return LayerQuantization("nvfp4", _array(scales.clamp(min=_SMALLEST)), whole, None, NVFP4_BLOCK)

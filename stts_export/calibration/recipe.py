@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from stts_export.calibration.layers import (
     FORMATS,
     GROUPS,
+    NVFP4_BLOCK,
     QUANTISED,
     Format,
     input_groups,
@@ -185,6 +186,14 @@ class Recipe:
             )
         _choice("base", self.base, get_args(Base))
         _choice("kv_cache", self.kv_cache, get_args(KvCache))
+        for index, rule in enumerate(self.layers):
+            if rule.format not in (self.base, "fp32", *QUANTISED):
+                raise InputError(
+                    f"is {rule.format!r} beside base {self.base}",
+                    where=f"layers[{index}].format",
+                    allowed=", ".join(dict.fromkeys((self.base, "fp32", *QUANTISED))),
+                    fix=f"let the base be {rule.format}, and name what stays fp32",
+                )
         quantised = any(rule.quantised for rule in self.layers)
         if self.gates is None and (quantised or self.kv_cache != "base"):
             raise InputError(
@@ -317,6 +326,24 @@ def check_recipe_name(name: str) -> None:
         raise _unknown(name)
 
 
+def is_recipe_of(name_or_path: str, built: Mapping[str, Any]) -> bool:
+    """Whether a bundle was built from a recipe: that of its name, or a file with its content.
+
+    Args:
+        name_or_path: see `Recipe.load`.
+        built: `Manifest.recipe`.
+
+    Raises:
+        InputError: it is a file that is not a recipe.
+    """
+    if name_or_path == built["name"]:
+        return True
+    path = Path(name_or_path)
+    if name_or_path in recipe_names() or not path.is_file():
+        return False
+    return Recipe.load(path).digest() == Recipe.from_dict(built, "the bundle").digest()
+
+
 def recipe_file(name: str) -> Path:
     """Return the file of a shipped recipe.
 
@@ -354,6 +381,21 @@ def block_of(inputs: int, block: int, layer: str | None = None) -> int:
     return shared
 
 
+def check_nvfp4(inputs: int, layer: str) -> None:
+    """Refuse a layer whose inputs do not fall into blocks of nvfp4.
+
+    Raises:
+        InputError: they do not.
+    """
+    if inputs % NVFP4_BLOCK:
+        raise InputError(
+            f"has {inputs} inputs, and nvfp4 needs blocks of {NVFP4_BLOCK}",
+            where=layer,
+            allowed=f"a multiple of {NVFP4_BLOCK}",
+            fix="give this layer another format, such as fp8, by a rule before the one for nvfp4",
+        )
+
+
 def _unknown(name: str) -> InputError:
     names = recipe_names()
     return InputError(
@@ -384,6 +426,8 @@ def _kind(rule: LayerRule) -> str:
     """What must be equal for layers with the same input."""
     if rule.method is None:
         return rule.format
+    if rule.format == "int4":
+        return f"{rule.format} ({rule.method}, block {rule.block})"
     alpha = f" {rule.alpha:g}" if rule.method == "smoothquant" else ""
     return f"{rule.format} ({rule.method}{alpha})"
 

@@ -43,6 +43,7 @@ from stts_export.checkpoint.streamed import sources
 from stts_export.config import ModelConfig
 from stts_export.devices import DEVICES
 from stts_export.engines.library import ONNXRUNTIME
+from stts_export.engines.onnxruntime import converts_weights
 from stts_export.errors import InputError, did_you_mean
 from stts_export.files import readable_size
 from stts_export.sizes import BITS, weights
@@ -57,7 +58,6 @@ CPU = "cpu"
 CLASSES = {"orin": "agx-orin", "thor": "thor", "h200": "h200", "rtx": "rtx-4090"}
 """Device that stands for a class, as the shipped recipes name them: its oldest GPU and library."""
 
-_BASE: Base = "fp16"
 _MULTIPLE: dict[Format, int] = {"int4": BLOCKS[0], "nvfp4": NVFP4_BLOCK}
 """What the inputs of a layer have to be a multiple of."""
 _METHODS: dict[tuple[str, Format], Method] = {
@@ -79,6 +79,11 @@ class Place:
     sm: str | None
     library_version: str | None
 
+    @property
+    def base(self) -> Base:
+        """Format of what is not quantised: ONNX Runtime multiplies int8 beside fp32 only."""
+        return "fp32" if self.backend == ONNXRUNTIME else "fp16"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -89,7 +94,7 @@ class Step:
     decoder: Format
     """Of the decoder, where the path starts."""
     moved: tuple[str, ...]
-    """Layers that went back to half precision in this step."""
+    """Layers that went back to the base in this step."""
     quantised: int
     """Layers that are left."""
     bytes: int
@@ -97,11 +102,12 @@ class Step:
     passed: bool
     missed: str
     """The check that is farthest beyond its limit; empty if all passed."""
+    base: Base = "fp16"
 
     def line(self) -> str:
         """Return the step as text."""
         start = f"vision {self.vision}, decoder {self.decoder}"
-        moved = f", {len(self.moved)} moved to {_BASE}" if self.moved else ""
+        moved = f", {len(self.moved)} moved to {self.base}" if self.moved else ""
         result = "passes" if self.passed else f"misses {self.missed}"
         return (
             f"{start}: {self.quantised} layers{moved}, {readable_size(self.bytes)} of weights, "
@@ -146,12 +152,14 @@ def find_place(target: str) -> Place:
 
 
 def runnable_formats(place: Place) -> tuple[Format, ...]:
-    """Quantised formats that run on a target."""
+    """Quantised formats that run on a target, and that it does not convert on every call."""
     return tuple(name for name in QUANTISED if _runs(name, place))
 
 
 def _runs(name: Format, place: Place) -> bool:
-    recipe = Recipe(name, "", _BASE, layers=(LayerRule((VISION,), name),), gates=DEFAULT_GATES)
+    if place.backend == ONNXRUNTIME and converts_weights(place.base, (name,)):
+        return False
+    recipe = Recipe(name, "", place.base, layers=(LayerRule((VISION,), name),), gates=DEFAULT_GATES)
     try:
         check_formats(recipe, place.backend, place.sm, place.library_version)
     except InputError:
@@ -173,14 +181,16 @@ def starts(formats: Sequence[Format]) -> tuple[tuple[Format, Format], ...]:
     )
 
 
-def weight_bytes(config: ModelConfig, plan: Mapping[str, LayerRule], *, tied: bool = False) -> int:
-    """Bytes of the weights of a half-precision bundle's graphs, scales included.
+def weight_bytes(
+    config: ModelConfig, plan: Mapping[str, LayerRule], base: Base, *, tied: bool = False
+) -> int:
+    """Bytes of the weights of a bundle's graphs, scales included.
 
     Gaps between large tensors are not counted: those of small models would hide what is saved.
     Args as `sizes.weights`.
     """
     held = weights(config, tied=tied, rules=plan).values()
-    return sum(tensor.nbytes(_BASE) for graph in held for tensor in graph.tensors)
+    return sum(tensor.nbytes(base) for graph in held for tensor in graph.tensors)
 
 
 def recipe_for_target(
@@ -190,6 +200,7 @@ def recipe_for_target(
     *,
     clips: Path | None = None,
     max_frames: int | None = None,
+    min_prune_ratio: float = 0.0,
     answerer: CheckpointAnswerer | None = None,
     gates: Gates = DEFAULT_GATES,
     on_step: Callable[[Step], None] | None = None,
@@ -197,7 +208,7 @@ def recipe_for_target(
 ) -> Found:
     """Search for the number formats of the smallest bundle that runs on a target and passes.
 
-    Blocks that the scorer reads and the head stay in half precision. Scales come from all
+    Blocks that the scorer reads and the head stay at the base, fp32 on a CPU. Scales come from all
     calibration clips, and the search measures on the last third of these (4 or more). Held-out
     clips are not looked at: they judge the bundle afterwards, and say more when nothing was chosen
     by them. So a bundle can still miss a gate there, by little; also as half precision itself is
@@ -210,22 +221,25 @@ def recipe_for_target(
             them: a calibration there finds them again.
         clips: a description, a folder of videos, or None for the default set.
         max_frames: sampled frames of a video at most; the checkpoint's own when None.
+        min_prune_ratio: lowest ratio of the bundle.
         answerer: of the checkpoint's model in fp32; opened when None.
         gates: limits.
         on_step: called after every candidate.
         on_progress: called as work goes on.
 
     Raises:
-        InputError: there is no such target, nothing passes even with all layers in half precision,
+        InputError: there is no such target, nothing passes even with all layers at the base,
             or as `calibration_from_checkpoint`.
         MissingDependencyError: modelopt is not installed.
     """
-    formats = runnable_formats(find_place(target))
-    recipe = Recipe(f"auto-{target}", f"smallest that passes on {target}", _BASE, gates=gates)
+    place = find_place(target)
+    formats = runnable_formats(place)
+    recipe = Recipe(f"auto-{target}", f"smallest that passes on {target}", place.base, gates=gates)
     chosen = clips_of(recipe, clips, work, source.config, on_progress).calibration
     if answerer is None:
         answerer = answerer_of(source, reference_model(source), max_frames)
-    search = _Search(source, answerer, recipe, chosen, work, on_step, on_progress)
+    ratio = ratio_of(recipe, source.config, min_prune_ratio)
+    search = _Search(source, answerer, recipe, chosen, ratio, work, on_step, on_progress)
     return search.run(starts(formats))
 
 
@@ -263,6 +277,7 @@ class _Search:
         answerer: of its model in fp32.
         recipe: without layers; name and gates of what is found.
         clips: to calibrate on.
+        ratio: fraction of windows to remove.
         work: folder of the statistics.
         on_step: called after every candidate.
         on_progress: called as work goes on.
@@ -274,6 +289,7 @@ class _Search:
         answerer: CheckpointAnswerer,
         recipe: Recipe,
         clips: Sequence[CalibrationClip],
+        ratio: float,
         work: Path,
         on_step: Callable[[Step], None] | None,
         on_progress: OnProgress | None,
@@ -283,7 +299,7 @@ class _Search:
         self._config, self._gates = source.config, recipe.gates
         self._clips = search_clips(clips)
         self._on_step, self._on_progress = on_step, on_progress
-        self._ratio = ratio_of(recipe, self._config)
+        self._ratio, self._base = ratio, recipe.base
         self._tied = source.looks_tied
         self._weights = sources(answerer.model)
         self._shapes = {
@@ -330,10 +346,11 @@ class _Search:
     def _candidate(
         self, pair: tuple[Format, Format], plan: _Plan, moved: tuple[str, ...] = ()
     ) -> _Candidate:
-        return _Candidate(pair, plan, moved, weight_bytes(self._config, plan, tied=self._tied))
+        size = weight_bytes(self._config, plan, self._base, tied=self._tied)
+        return _Candidate(pair, plan, moved, size)
 
     def _next(self, candidate: _Candidate, report: QuantReport) -> _Candidate:
-        """Move the layers with the largest errors to half precision.
+        """Move the layers with the largest errors to the base.
 
         Those that read the same tensor go together.
         """
@@ -360,7 +377,7 @@ class _Search:
 
     def _measured(self, candidate: _Candidate) -> QuantReport:
         """Compare a candidate with fp32, and note the step."""
-        model = rounded_model(self._answerer.model, self._layers(candidate.plan), _BASE)
+        model = rounded_model(self._answerer.model, self._layers(candidate.plan), self._base)
         report = measure(
             self._answerer,
             answerer_of(self._source, model, self._answerer.max_frames),
@@ -369,7 +386,7 @@ class _Search:
             layers=candidate.formats(),
             gates=self._gates,
             recipe_name=self._recipe.name,
-            base=_BASE,
+            base=self._base,
             on_clip=counted(self._on_progress, "clips that the search measures on"),
         )
         worst = max(report.missed(), key=_excess, default=None)
@@ -380,6 +397,7 @@ class _Search:
             candidate.size,
             report.passed,
             "" if worst is None else worst.line().removeprefix("FAIL "),
+            self._base,
         )
         self._steps.append(step)
         if worst is not None:
@@ -391,9 +409,10 @@ class _Search:
     def _nothing_passes(self) -> InputError:
         _, nearest = min(self._misses, key=lambda miss: miss[0])
         return InputError(
-            f"nothing passes the gates, not even {_BASE} throughout; nearest: {nearest.line()}",
+            f"nothing passes the gates, not even {self._base} throughout; nearest: "
+            f"{nearest.line()}",
             where=self._recipe.name,
-            fix="loosen the gates, or build with --precision fp32",
+            fix="search with other clips (--clips), or build with --precision fp32",
         )
 
 

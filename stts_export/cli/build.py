@@ -82,7 +82,7 @@ def options(verb: argparse.ArgumentParser) -> None:
     checkpoint_options(verb)
     verb.add_argument(
         "--force", action="store_true",
-        help="replace an existing bundle; write one that misses the gates of its recipe",
+        help="replace an existing bundle; where none is yet, write one that misses its gates",
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def options(verb: argparse.ArgumentParser) -> None:
 
 def run(arguments: Arguments) -> int:
     from stts_export.bundle import is_bundle
+    from stts_export.calibration.building import check_packages
     from stts_export.calibration.calibrate import calibration_from_checkpoint
     from stts_export.calibration.recipe import Recipe
     from stts_export.checkpoint import check_tensors, open_checkpoint
@@ -46,6 +47,7 @@ def run(arguments: Arguments) -> int:
             fix="pass the checkpoint that it was built from",
         )
     recipe = Recipe.load(arguments.recipe)
+    check_packages(needs_scales=any(rule.quantised for rule in recipe.layers))
     source = open_checkpoint(
         arguments.checkpoint, revision=arguments.revision, tokenizer=arguments.tokenizer
     )

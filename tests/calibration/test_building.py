@@ -14,13 +14,16 @@ from filelock import FileLock
 
 from stts_export import Session
 from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
-from stts_export.bundle import Bundle
-from stts_export.calibration import calibrate
+from stts_export.bundle import POSITIONS, Bundle, Limits
+from stts_export.calibration.building import Precision
 from stts_export.calibration.calibrate import Calibration, calibration_from_checkpoint
-from stts_export.calibration.recipe import Recipe
+from stts_export.calibration.quant_report import GATES_FILE
+from stts_export.calibration.recipe import LayerRule, Recipe
 from stts_export.checkpoint import open_checkpoint
 from stts_export.cli import main
+from stts_export.engines import tensorrt_rtx
 from stts_export.errors import InputError, VerificationError
+from stts_export.tensors import DECODER
 from stts_export.training.clips import make_clip
 from stts_export.training.rendering import write_mp4
 from stts_export.verify import verify
@@ -173,6 +176,24 @@ def test_a_calibration_belongs_to_a_checkpoint_a_recipe_and_clips(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_judged_goes_only_with_what_it_was_judged_on(
+    quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'stts-export[trt-rtx]'")
+    monkeypatch.setattr(tensorrt_rtx, "GRAPHS", (DECODER,))
+    spec = BuildSpec(
+        backends=("tensorrt-rtx",), targets=("sm89",), max_tokens=64, precision="small-int8"
+    )
+    for positions in POSITIONS:
+        is_judged = positions == "compact"
+        built = bundle_from_bundle(
+            quantised, tmp_path / positions, replace(spec, positions=positions)
+        )
+        manifest = json.loads((built / "manifest.json").read_text(encoding="utf-8"))
+        assert (manifest["judged"] is not None) == is_judged
+        assert (built / GATES_FILE).exists() == is_judged
+
+
 def test_what_is_quantised_is_not_quantised_again(
     quantised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -195,6 +216,45 @@ def test_formats_that_a_target_cannot_run(text_bundle: Path, tmp_path: Path):
     with pytest.raises(InputError, match="fp8, which needs sm89"):
         bundle_from_checkpoint(checkpoint, tmp_path / "b", spec)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("spec", [BuildSpec(precision="int8"), BuildSpec(auto="cpu")])
+def test_clips_that_are_not_there_or_too_few_leave_nothing(
+    text_bundle: Path, inputs: Path, tmp_path: Path, spec: BuildSpec
+):
+    checkpoint = _checkpoint(text_bundle).folder
+    spec = replace(spec, clips=tmp_path / "typo")
+    with pytest.raises(InputError, match=r"typo: there is no such file"):
+        bundle_from_checkpoint(checkpoint, tmp_path / "bundle", spec)
+    with pytest.raises(InputError, match="at least 8"):
+        bundle_from_checkpoint(
+            checkpoint, tmp_path / "bundle", replace(spec, clips=inputs / "clips")
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_stay_fp32_are_named(
+    text_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    """Those that would overflow, with how far they reach, and what is fp32 with them."""
+    rules = (LayerRule(("language.blocks.0.attn_out",), "fp32"),)
+    recipe = Recipe("mine", "", "fp16", layers=rules)
+    overflows = "vision.blocks.2.feed_forward.w1"
+    ranges_of = Precision._ranges
+    monkeypatch.setattr(Precision, "_ranges", lambda self: {**ranges_of(self), overflows: 1e5})
+    limits = Limits(max_frames=4, max_tokens=100, min_prune_ratio=0.0)
+    precision = Precision(_checkpoint(text_bundle), recipe, None, None, limits)
+    found = precision.numerics(tmp_path, lambda stage: None, None)
+    named = {
+        "language.blocks.0.attn_out", "language.blocks.0.att_proj", overflows,
+        "vision.blocks.2.feed_forward.w2",
+    }  # fmt: skip
+    assert found.fp32_layers == named
+    assert f"{overflows} stays fp32: values reach 1e+05" in caplog.text
+    assert "as well: vision.blocks.2.feed_forward.w2, language.blocks.0.att_proj" in caplog.text
 
 
 def test_a_search_leaves_a_folder_of_others_alone(text_bundle: Path, tmp_path: Path):
@@ -231,11 +291,11 @@ def test_calibrate_refuses_before_it_writes(
     other = tmp_path / "other.yaml"
     other.write_text(_RECIPE.replace("[vision, decoder]", "[visions]"), encoding="utf-8")
     assert "did you mean 'vision'" in refused("--recipe", str(other))
-    assert not (output / calibrate.CALIBRATION_FILE).exists()
+    assert not output.exists()
     for name in ("two.mp4", "three.mp4"):
         (clips / name).write_bytes(name.encode())
     assert ".mp4: is not a video" in refused("--recipe", str(recipe), "--clips", str(clips))
-    assert not (output / calibrate.CALIBRATION_FILE).exists()
+    assert not output.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert main(["calibrate", checkpoint, "--recipe", str(recipe), "-o", str(tmp_path / "mine")])

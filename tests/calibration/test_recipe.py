@@ -3,10 +3,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import string
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -21,17 +22,20 @@ from stts_export.calibration.layers import (
     QUANTISED,
     SCORING,
     VISION,
+    Format,
     layer_names,
     layers_by_group,
 )
 from stts_export.calibration.recipe import (
     BLOCKS,
     METHODS,
+    Base,
     CalibrationNeeds,
     Gates,
     LayerRule,
     Recipe,
     block_of,
+    is_recipe_of,
     recipe_file,
     recipe_names,
 )
@@ -158,7 +162,7 @@ def test_groups_may_differ(rest: str):
         ("vision.blocks.9.*", "allowed: scoring, vision, connector, decoder, head, a layer such"),
         ("", "match: is ['']"),
         ("vision.embedding.projection", "'vision.embedding.projection' stays in high precision"),
-        ("*embedding*", "stays in high precision: of all that can be rounded"),
+        ("*embedding*", "stays in high precision: every score depends on it"),
         ("vision.scorer", "stays in high precision: a score decides which windows stay"),
         ("vision.scorer.*", "stays in high precision: a score decides which windows stay"),
         ("vision.scorer.fc1", "stays in high precision: a score decides which windows stay"),
@@ -436,8 +440,8 @@ _positive = st.floats(0, 1e6)
 
 
 @st.composite
-def _rules(draw: st.DrawFn) -> LayerRule:
-    form = draw(st.sampled_from(FORMATS))
+def _rules(draw: st.DrawFn, base: Base) -> LayerRule:
+    form = draw(st.sampled_from((base, "fp32", *QUANTISED)))
     method = draw(st.sampled_from(METHODS[form])) if form in QUANTISED else None
     match = draw(st.lists(st.text(string.ascii_letters + "*?[].0", min_size=1), min_size=1))
     rule = LayerRule(tuple(match), form, method)
@@ -448,21 +452,25 @@ def _rules(draw: st.DrawFn) -> LayerRule:
     return rule
 
 
-_recipes = st.builds(
-    Recipe,
-    name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
-    description=st.text(),
-    base=st.sampled_from(("fp32", "fp16", "bf16")),
-    kv_cache=st.sampled_from(("base", "int8")),
-    layers=st.lists(_rules(), max_size=3).map(tuple),
-    calibration=st.builds(
-        CalibrationNeeds,
-        clips=st.integers(1, 10**6),
-        held_out=st.integers(1, 10**6),
-        prune_ratio=st.none() | st.floats(0, 1, exclude_max=True),
-    ),
-    gates=st.builds(Gates, _positive, _shares, _shares, _positive, _shares),
-)
+def _of_base(base: Base) -> st.SearchStrategy[Recipe]:
+    return st.builds(
+        Recipe,
+        name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
+        description=st.text(),
+        base=st.just(base),
+        kv_cache=st.sampled_from(("base", "int8")),
+        layers=st.lists(_rules(base), max_size=3).map(tuple),
+        calibration=st.builds(
+            CalibrationNeeds,
+            clips=st.integers(1, 10**6),
+            held_out=st.integers(1, 10**6),
+            prune_ratio=st.none() | st.floats(0, 1, exclude_max=True),
+        ),
+        gates=st.builds(Gates, _positive, _shares, _shares, _positive, _shares),
+    )
+
+
+_recipes = st.sampled_from(get_args(Base)).flatmap(_of_base)
 
 
 @settings(deadline=None, max_examples=60)
@@ -500,3 +508,35 @@ def test_from_dict_names_the_place_without_lines():
     message = r"meta\.json: layers\[0\]\.methd: unknown key \(did you mean 'method'\?\)"
     with pytest.raises(InputError, match=message):
         Recipe.from_dict(values, "meta.json")
+
+
+@pytest.mark.parametrize(("base", "form"), [("fp32", "fp16"), ("fp16", "bf16"), ("bf16", "fp16")])
+def test_there_is_one_half_precision_in_a_recipe(base: Base, form: Format):
+    rules = (LayerRule((DECODER,), form),)
+    with pytest.raises(InputError, match=rf"layers\[0\]\.format: is '{form}' beside base {base}"):
+        Recipe("mine", "", base, layers=rules)
+    assert Recipe("mine", "", "bf16", layers=(LayerRule((DECODER,), "fp32"),)).plan(CONFIG)
+
+
+def test_layers_with_one_input_have_one_size_of_blocks():
+    attention = "vision.blocks.3.attention"
+    rules = (
+        LayerRule((f"{attention}.wq",), "int4", block=32),
+        LayerRule((f"{attention}.w[kv]",), "int4", block=16),
+    )
+    gates = Recipe.load("int4").gates
+    with pytest.raises(InputError, match=r"wq is int4 \(awq, block 32\) and .*wk is .*block 16"):
+        Recipe("mine", "", "fp16", layers=rules, gates=gates).plan(CONFIG)
+
+
+def test_a_bundle_s_recipe_is_known_by_name_and_by_content(tmp_path: Path):
+    built = Recipe.load("int8").to_dict()
+    assert is_recipe_of("int8", built)
+    assert not is_recipe_of("fp8", built)
+    assert not is_recipe_of(str(tmp_path / "none.yaml"), built)
+    file = tmp_path / "mine.yaml"
+    shutil.copyfile(recipe_file("int8"), file)
+    assert is_recipe_of(str(file), built)
+    file.write_text(file.read_text().replace("min_sqnr: 15", "min_sqnr: 14"))
+    assert not is_recipe_of(str(file), built)
+    assert is_recipe_of("mine", {**built, "name": "mine"})
