@@ -51,9 +51,11 @@ def where_it_runs() -> str:
             "A recipe of your own is a YAML file, `--precision my.yaml`: copy one of "
             "`stts_export/calibration/recipes`, and name layers by group (`scoring`, `vision`, "
             "`connector`, `decoder`, `head`), by name or by pattern. The first rule that matches a "
-            "layer decides. Or let `--auto DEVICE` search for the smallest model that passes the "
-            "gates on a device: it moves layers to fp16 until one does; the clips that judge it "
-            "are not those that the search saw.",
+            "layer decides; one in fp32 beside fp16 takes the rest of its attention or "
+            "feed-forward along, and the build says so. Or let `--auto DEVICE` search for the "
+            "smallest model that passes the gates on a device: it moves layers to fp16, or on a "
+            "CPU to fp32, until one does; the clips that judge it are not those that the search "
+            "saw.",
         ]
     )
 

@@ -233,8 +233,8 @@ def _speed(results: Results) -> str:
     said = (
         f"Faster than fp32 in every part, by medians: {', '.join(faster)}."
         if faster
-        else f"No recipe is faster than fp32 in every part here, so `{REFERENCE}` is the one for a "
-        "CPU like this."
+        else f"No recipe is faster than fp32 in every part of a model as small as this one, so "
+        f"`{REFERENCE}` is the one for it on a CPU like this."
     )
     return section(
         "Time on a CPU",

@@ -189,7 +189,7 @@ def test_the_document_shows_what_was_found():
     assert "Faster than fp32 in every part, by medians: `fp16`, `int8`." in text
     assert "\n* recipe `thor`\n" in text
     slow = report(Results(made_up(*GOOD, quick=1.5)))
-    assert "No recipe is faster than fp32 in every part here" in slow
+    assert "No recipe is faster than fp32 in every part of a model" in slow
 
 
 def test_the_report_that_is_shown_has_the_worst_layer_first():
