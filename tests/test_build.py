@@ -499,11 +499,17 @@ def test_a_bad_checkpoint_leaves_nothing_behind(
 
 @pytest.mark.parametrize(
     "values",
-    [{"precision": "int3"}, {"backends": ("openvino",)}, {"backends": ()}, {"max_frames": 0}],
+    [{"backends": ("openvino",)}, {"backends": ()}, {"max_frames": 0}],
 )
 def test_specs_refuse_nonsense(values):
     with pytest.raises(InputError, match="allowed"):
         BuildSpec(**values)
+
+
+def test_a_recipe_that_is_not_there_is_told_before_a_checkpoint_is_looked_for(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no recipe 'int3'.*did you mean"):
+        bundle_from_checkpoint("nobody/nothing", tmp_path / "bundle", BuildSpec(precision="int3"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("package", ["onnxscript", "onnx_ir", "ml_dtypes", "onnxruntime"])

@@ -39,7 +39,7 @@ from stts_export.calibration.overflow import (
 from stts_export.calibration.quant_report import GATES_FILE, PICTURE_FILE, QuantReport
 from stts_export.calibration.recipe import Recipe
 from stts_export.calibration.rounding import rounded_model
-from stts_export.calibration.search import find_place, recipe_for_target
+from stts_export.calibration.search import AUTO, find_place, recipe_for_target
 from stts_export.checkpoint import Checkpoint
 from stts_export.engines.library import ONNXRUNTIME
 from stts_export.errors import InputError, MissingDependencyError, VerificationError
@@ -366,6 +366,7 @@ def missed_gates(
 ) -> VerificationError:
     """Say which gates a bundle missed, and what can be done."""
     lines = "; ".join(check.line() for check in report.missed())
+    by_search = "" if report.recipe.startswith(AUTO) else "let --auto find one, "
     by_force = "write it all the same with --force"
     if force:
         by_force = f"remove {output}, which --force does not replace by one that misses them"
@@ -373,5 +374,5 @@ def missed_gates(
         f"misses the gates of recipe {report.recipe}: {lines}",
         where=str(output),
         fix=f"see {partial / GATES_FILE}; move layers to another format in a recipe of your own, "
-        f"let --auto find one, or {by_force}",
+        f"{by_search}or {by_force}",
     )

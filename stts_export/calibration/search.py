@@ -53,6 +53,8 @@ DEFAULT_GATES = Gates(
     min_sqnr=12, min_jaccard=0.97, min_cosine=0.99, max_kl=0.05, max_answers_changed=0.05
 )
 """Those of the shipped recipes that have 4-bit weights."""
+AUTO = "auto-"
+"""Beginning of the names of recipes that were found."""
 CPU = "cpu"
 """The target that has no GPU."""
 CLASSES = {"orin": "agx-orin", "thor": "thor", "h200": "h200", "rtx": "rtx-4090"}
@@ -234,7 +236,7 @@ def recipe_for_target(
     """
     place = find_place(target)
     formats = runnable_formats(place)
-    recipe = Recipe(f"auto-{target}", f"smallest that passes on {target}", place.base, gates=gates)
+    recipe = Recipe(f"{AUTO}{target}", f"smallest that passes on {target}", place.base, gates=gates)
     chosen = clips_of(recipe, clips, work, source.config, on_progress).calibration
     if answerer is None:
         answerer = answerer_of(source, reference_model(source), max_frames)

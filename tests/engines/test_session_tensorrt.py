@@ -507,14 +507,16 @@ def test_what_reproduces_a_difference_names_the_engine(
         for name, value in call.inputs.items()
     }
     short["features"] = short["features"][:1]
+    is_rtx = machine.backend == "tensorrt-rtx"
     for number, inputs in enumerate((short, call.inputs)):
         logits = {"logits": call.outputs["logits"]}
         entry = Difference(Call("decoder", inputs, logits), logits, 2.0)
         (folder,) = write_repro(tmp_path / str(number), opened, machine.backend, [entry])
         script = (folder / "reproduce.sh").read_text()
         engine = f'polygraphy run "$BUNDLE/engines/{opened.engine_sets()[0].folder.name}/decoder'
-        options = f"--model-type engine --trt --optimization-profile {number} --data-loader-script"
+        # Engines of RTX have one profile for tokens and prompts.
+        profile = 0 if is_rtx else number
+        options = f"--model-type engine --trt --optimization-profile {profile} --data-loader-script"
         assert f'{engine}.engine" {options} inputs.py' in script
         assert 'polygraphy run "$BUNDLE/onnx/decoder/model.onnx" --onnxrt' in script
-    is_rtx = machine.backend == "tensorrt-rtx"
     assert ("export POLYGRAPHY_USE_TENSORRT_RTX=1" in script) == is_rtx
