@@ -15,6 +15,7 @@ from filelock import FileLock
 from stts_export import Session
 from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
 from stts_export.bundle import POSITIONS, Bundle, Limits
+from stts_export.calibration import calibrate
 from stts_export.calibration.building import Precision
 from stts_export.calibration.calibrate import Calibration, calibration_from_checkpoint
 from stts_export.calibration.quant_report import GATES_FILE
@@ -300,6 +301,29 @@ def test_calibrate_refuses_before_it_writes(
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert main(["calibrate", checkpoint, "--recipe", str(recipe), "-o", str(tmp_path / "mine")])
     assert "notes.txt, which no calibration writes" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_memory_does_not_hold_has_the_same_scales(
+    inputs: Path, text_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def whole(source: object) -> None:
+        raise AssertionError("all weights were loaded")
+
+    monkeypatch.setattr(calibrate, "available_memory", lambda: 1)
+    monkeypatch.setattr(calibrate, "model_from_checkpoint", whole)
+    made = calibration_from_checkpoint(
+        _checkpoint(text_bundle),
+        Recipe.load(inputs / "recipe.yaml"),
+        tmp_path / "calibration",
+        clips=inputs / "clips",
+    )
+    expected = Calibration.from_folder(inputs / "calibration")
+    assert set(made.layers) == set(expected.layers)
+    for name, layer in made.layers.items():
+        np.testing.assert_allclose(
+            layer.weight_scale, expected.layers[name].weight_scale, rtol=1e-5
+        )
+        assert layer.input_scale == pytest.approx(expected.layers[name].input_scale, rel=1e-5)
 
 
 def test_statistics_serve_another_recipe(
