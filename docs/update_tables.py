@@ -24,6 +24,7 @@ SPEED = ROOT / "benchmarks" / "results" / "bench_prune_cpu.json"
 ENGINES = ROOT / "benchmarks" / "results" / "engine_build_cpu.json"
 FULL_SIZE = ROOT / "benchmarks" / "results" / "full_size_4b.json"
 STREAM = ROOT / "benchmarks" / "results" / "bench_stream_cpu.json"
+CPU_RECIPES = ROOT / "benchmarks" / "results" / "cpu_recipes.json"
 TYPES = ("colour", "count", "direction", "last", "order", "shape", "all")
 SELECTORS = {"stts": "scored", "all windows": "all"}
 
@@ -171,6 +172,31 @@ def stream_table() -> str:
     return "\n".join(lines)
 
 
+def cpu_recipes_table() -> str:
+    """What recipes cost on a CPU at real widths."""
+    results = json.loads(CPU_RECIPES.read_text(encoding="utf-8"))
+    lines = ["| recipe | weights, MB | tower | prefill | each token |", "|---|---|---|---|---|"]
+    for row in results["rows"]:
+        cells = []
+        for part in ("tower", "prefill", "token"):
+            milliseconds = 1e3 * row["seconds"][part]["median"]
+            speedup = row["speedup"][part]["median"]
+            digits = 0 if milliseconds >= 100 else 1
+            cells.append(f"{milliseconds:.{digits}f} ms ({speedup:.2f}x)")
+        lines.append(f"| `{row['recipe']}` | {row['weights'] / 1e6:.0f} | {' | '.join(cells)} |")
+    settings, machine = results["settings"], results["machine"]
+    shape = settings["shape"]
+    lines.append("")
+    lines.append(
+        f"Time, and fp32's over it: two blocks of a tower {shape['vision_width']} wide on "
+        f"{settings['bins']} bins of 729 patches, with the connector; {settings['prompt']} tokens, "
+        f"then one, through {shape['text_layers']} layers {shape['text_width']} wide. Random "
+        f"weights; medians of {settings['repeats']} interleaved turns in CPU time, one thread of "
+        f"{machine['cpu']}, ONNX Runtime {machine['onnxruntime']}; `{results['command']}`."
+    )
+    return "\n".join(lines)
+
+
 def _row(rows: list[dict[str, Any]], frames: int, ratio: float) -> dict[str, Any]:
     return next(r for r in rows if (r["frames"], r["prune_ratio"]) == (frames, ratio))
 
@@ -180,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed_table,
     "engines": engines_table,
     "full_size": full_size_table,
+    "cpu_recipes": cpu_recipes_table,
 }
 if STREAM.exists():  # no run is stored yet
     TABLES["stream"] = stream_table

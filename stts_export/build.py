@@ -60,6 +60,7 @@ from stts_export.engines.engine_build import (
 )
 from stts_export.engines.engine_set import ENGINE_FOLDER, TIMING_CACHE
 from stts_export.engines.library import BACKENDS, ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from stts_export.engines.onnxruntime import converts_weights
 from stts_export.errors import InputError, MissingDependencyError, VerificationError
 from stts_export.estimate import check_build
 from stts_export.files import whole
@@ -267,6 +268,14 @@ def bundle_from_checkpoint(
             log.warning(
                 "ONNX Runtime has no kernels for %s: the bundle has graphs only, for `stts-export "
                 "build BUNDLE --backend ...` on the machine that engines are for",
+                recipe.name,
+            )
+        rules = recipe.plan(source.config).values()
+        only_here = plan.manifest_targets == (ONNXRUNTIME,)
+        if only_here and converts_weights(recipe.base, {rule.format for rule in rules}):
+            log.warning(
+                "ONNX Runtime converts weights of recipe %s on every call, which is slow; for a "
+                "CPU take --precision cpu",
                 recipe.name,
             )
     with readable_disk_errors(source.folder, partial):

@@ -234,7 +234,8 @@ def _speed(results: Results) -> str:
         f"Faster than fp32 in every part, by medians: {', '.join(faster)}."
         if faster
         else f"No recipe is faster than fp32 in every part of a model as small as this one, so "
-        f"`{REFERENCE}` is the one for it on a CPU like this."
+        f"`{REFERENCE}` is the one for it on a CPU like this. The README has times of layers as "
+        "wide as a real model's."
     )
     return section(
         "Time on a CPU",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from stts_export import Session
+from stts_export import Session, build
 from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
 from stts_export.bundle import POSITIONS, Bundle, Limits
 from stts_export.calibration import calibrate
@@ -256,6 +256,28 @@ def test_layers_that_stay_fp32_are_named(
     assert found.fp32_layers == named
     assert f"{overflows} stays fp32: values reach 1e+05" in caplog.text
     assert "as well: vision.blocks.2.feed_forward.w2, language.blocks.0.att_proj" in caplog.text
+
+
+@pytest.mark.parametrize(("precision", "is_slow"), [("int8", True), ("cpu", False)])
+def test_who_builds_for_a_cpu_what_is_slow_there_is_told(
+    text_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
+    is_slow: bool,
+):
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(build, "_run", stop)
+    checkpoint = _checkpoint(text_bundle).folder
+    with pytest.raises(StoppedError):
+        bundle_from_checkpoint(checkpoint, tmp_path / "b", BuildSpec(precision=precision))
+    assert ("for a CPU take --precision cpu" in caplog.text) == is_slow
 
 
 def test_a_search_leaves_a_folder_of_others_alone(text_bundle: Path, tmp_path: Path):

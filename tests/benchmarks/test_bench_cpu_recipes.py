@@ -1,0 +1,39 @@
+"""The benchmark of recipes on a CPU runs end to end; times are never checked."""
+
+import json
+
+import pytest
+
+from benchmarks import bench_cpu_recipes
+from benchmarks.bench_cpu_recipes import PARTS, RECIPES
+from docs import update_tables
+
+
+def test_a_quick_run_measures_every_part_of_every_recipe(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "results.json"
+    assert bench_cpu_recipes.main(["--quick", "--json", str(file)]) == 0
+    results = json.loads(file.read_text())
+    assert [row["recipe"] for row in results["rows"]] == list(RECIPES)
+    sizes = {row["recipe"]: row["weights"] for row in results["rows"]}
+    assert sizes["fp32"] > sizes["fp16"] > sizes["int8"]
+    assert sizes["cpu"] < sizes["fp32"]
+    for row in results["rows"]:
+        assert set(row["seconds"]) == set(PARTS)
+        assert all(min(one["samples"]) > 0 for one in row["seconds"].values())
+        if row["recipe"] == "fp32":
+            assert {one["median"] for one in row["speedup"].values()} == {1.0}
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in RECIPES)
+    monkeypatch.setattr(update_tables, "CPU_RECIPES", file)
+    table = update_tables.cpu_recipes_table()
+    assert all(f"| `{name}` |" in table for name in RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_layers_of_a_recipe_get_scales(name):
+    from stts_export.calibration.recipe import Recipe
+    from tests.helpers import random_model, small_config
+
+    model = random_model(small_config(**{"text_config.hidden_size": 32}))
+    plan = Recipe.load(name).plan(model.config)
+    assert set(bench_cpu_recipes.quantised(model, plan)) == set(plan)
