@@ -259,8 +259,10 @@ def bundle_from_checkpoint(
             images = image_preprocessing(folder, source.config.vision)
         limits = _limits(source, spec)
         if spec.auto is not None:  # all that can be refused before a search
-            half = _plan(source.config, Recipe.load("fp16"), limits, spec, images)
-            _check_fits(partial, half, None, tied=source.looks_tied, exported=False)
+            likely = applied.likely_recipe(spec.auto, source.config)
+            base = _plan(source.config, Recipe.plain(likely.base), limits, spec, images)
+            expected = replace(base, recipe=likely)
+            _check_fits(partial, expected, None, tied=source.looks_tied, exported=False)
         precision = applied.precision_for_build(source, spec, limits, output, on_plan, on_progress)
         recipe = precision.recipe
         plan = _plan(source.config, recipe, limits, spec, images)
@@ -761,6 +763,7 @@ def _narrowed(source: Bundle, spec: BuildSpec) -> Limits:
     own, where = source.manifest.limits, str(source.folder)
     built = source.manifest.precision_name
     if spec.precision is not None and not is_recipe_of(spec.precision, source.manifest.recipe):
+        check_recipe_name(spec.precision)
         quantised = " quantised already, to" if source.manifest.formats else ""
         raise InputError(
             f"precision {spec.precision}, but the bundle's graphs are{quantised} {built}",

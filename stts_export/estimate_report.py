@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stts_export.calibration.recipe import Recipe, is_recipe_of
+from stts_export.calibration.recipe import Recipe, check_recipe_name, is_recipe_of
 from stts_export.config import ModelConfig
 from stts_export.devices import THIS, Device, find_device
 from stts_export.engines.library import ONNXRUNTIME
@@ -142,6 +142,7 @@ def _of_bundle(folder: Path, precision: str | None, asked: _Asked) -> _Found:
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     if precision is not None and not is_recipe_of(precision, manifest.recipe):
+        check_recipe_name(precision)
         raise InputError(
             f"precision {precision}, but the bundle's graphs are {manifest.precision_name}",
             where=str(folder),

@@ -459,7 +459,7 @@ def _answering(plan: Plan) -> int:
     fp32 = replace(plan, settings=replace(plan.settings, recipe=Recipe.plain("fp32")))
     tower = fp32.settings.max_frames * _cpu_block(fp32) + fp32.pixels * _FLOAT + fp32.hidden
     activations = int(_ARENA * max(tower, _cpu_prefill(fp32)))
-    return _CALIBRATOR + _reference(plan) + activations + 2 * _statistics(plan)
+    return _CALIBRATOR + _reference(plan) + activations
 
 
 def _reference(plan: Plan) -> int:
@@ -519,7 +519,8 @@ def build_stages(
             memory = _export_memory(plan, VISION_LOWER)
             yield Stage("check the ranges of activations", memory, 0)
         if plan.is_quantised and not calibrated:
-            yield Stage("calibrate", _answering(plan), _statistics(plan))
+            samples = _statistics(plan)  # of the clips one by one, and together
+            yield Stage("calibrate", _answering(plan) + 2 * samples, samples)
         folders = dict.fromkeys(file.partition("/")[0] for file in files)
         for folder in folders:
             disk = sum(size for file, size in files.items() if file.startswith(f"{folder}/"))

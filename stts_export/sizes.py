@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stts_export.calibration.layers import NVFP4_BLOCK, QUANTISED, Format, input_groups
+from stts_export.calibration.layers import NVFP4_BLOCK, QUANTISED, Format, fp32_with, input_groups
 from stts_export.calibration.recipe import LayerRule, block_of, check_nvfp4
 from stts_export.config import ModelConfig
 from stts_export.tensors import (
@@ -158,6 +158,8 @@ def weights(
     Raises:
         InputError: as `calibration.recipe.block_of`.
     """
+    fp32 = [name for name, rule in rules.items() if rule.format == "fp32"]
+    rules = {**rules, **dict.fromkeys(fp32_with(fp32, config), LayerRule(("*",), "fp32"))}
     plain = _plain(config, tied and _HEAD not in rules)
     if not rules:
         return plain

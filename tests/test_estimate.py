@@ -660,6 +660,25 @@ def test_calibration_keeps_samples_of_every_input():
     assert kept == 4 * ROWS * (sum(widths) - FULL_SIZE.text.hidden_size)
 
 
+def test_layers_that_are_fp32_with_others_are_counted():
+    """As `Precision.numerics` builds them."""
+    rules = (
+        LayerRule(("language.blocks.*.attn_out", "vision.connector.w2"), "fp32"),
+        LayerRule(("decoder",), "int4"),
+    )
+    some = Recipe("some", "", "fp16", layers=rules, gates=Recipe.load("int4").gates)
+    parts = ("language.blocks.*.att*", "vision.connector.*")
+    every = dataclasses.replace(some, layers=(LayerRule(parts, "fp32"), rules[1]))
+    counted, expected = (
+        {
+            graph: of.nbytes("fp16")
+            for graph, of in weights(FULL_SIZE, rules=r.plan(FULL_SIZE)).items()
+        }
+        for r in (some, every)
+    )
+    assert counted == expected
+
+
 def test_no_recipe_is_proposed_that_the_model_has_no_blocks_for():
     odd = dataclasses.replace(
         FULL_SIZE, text=dataclasses.replace(FULL_SIZE.text, intermediate_size=9736)

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from stts_export.calibration.calibrate import (
     calibration_from_checkpoint,
     check_calibration,
     check_folder,
-    check_held_out,
+    check_readable,
     clips_of,
     counted,
     ratio_of,
@@ -29,7 +29,7 @@ from stts_export.calibration.calibrate import (
 from stts_export.calibration.clips import ClipSet, check_clip_set
 from stts_export.calibration.formats import needs_engines
 from stts_export.calibration.gates import measure
-from stts_export.calibration.layers import Numerics, layer_names
+from stts_export.calibration.layers import Numerics, fp32_with
 from stts_export.calibration.overflow import (
     LARGEST_FP16,
     check_interface,
@@ -41,12 +41,14 @@ from stts_export.calibration.recipe import Recipe
 from stts_export.calibration.rounding import rounded_model
 from stts_export.calibration.search import AUTO, find_place, recipe_for_target
 from stts_export.checkpoint import Checkpoint
+from stts_export.config import ModelConfig
 from stts_export.engines.library import ONNXRUNTIME
 from stts_export.errors import InputError, MissingDependencyError, VerificationError
 from stts_export.files import write_json
-from stts_export.graphs.modules import model_at, modules_with
+from stts_export.graphs.modules import model_at
 from stts_export.probe import CHECKED_FRAMES, moving_clip
 from stts_export.runtime.session import Session
+from stts_export.sizes import weights
 from stts_export.training.answerers import BundleAnswerer
 from stts_export.training.checkpoint_answerer import CheckpointAnswerer, answerer_of
 
@@ -146,8 +148,7 @@ class Precision:
                     name, largest, LARGEST_FP16,
                 )  # fmt: skip
             fp32 |= set(at_risk)
-        kept = {module for name in fp32 for module in modules_with(name)}
-        whole = [n for n in layer_names(self.source.config) if kept.issuperset(modules_with(n))]
+        whole = fp32_with(fp32, self.source.config)
         beside = [name for name in whole if name not in fp32]
         if beside:
             log.warning("in the same parts, and so fp32 as well: %s", ", ".join(beside))
@@ -161,7 +162,7 @@ class Precision:
     ) -> Calibration:
         """The one that was given, or a new one; held-out clips can be decoded either way."""
         if self.given is not None:
-            check_held_out(self.answerer, self._clips(folder, on_progress))
+            check_readable(self.answerer, self._clips(folder, on_progress).held_out)
             return self.given
         begin(CALIBRATE)
         return calibration_from_checkpoint(
@@ -206,7 +207,7 @@ class Precision:
     def forget_search(self) -> None:
         """Remove what the search collected, once the bundle is written."""
         if self.search is not None:
-            shutil.rmtree(self.search)
+            shutil.rmtree(self.search, ignore_errors=True)
 
     def judge(
         self, folder: Path, numerics: Numerics, on_progress: OnProgress | None
@@ -288,31 +289,55 @@ def precision_for_build(
             )
     made = None if spec.calibration is None else Calibration.from_folder(spec.calibration)
     precision = Precision(source, recipe, made, spec.clips, limits)
-    if precision.is_quantised:
-        check_packages(needs_scales=made is None)
-    if spec.clips is not None:
-        _check_clips(recipe, spec.clips)
+    if any(rule.quantised for rule in precision.rules.values()):
+        check_packages("build", "matplotlib", *(["modelopt"] if made is None else []))
+    if recipe.gates is not None:
+        own = None if made is None or made.clips is None else Path(made.clips)
+        _check_clips(recipe, own if spec.clips is None else spec.clips)
     return precision
 
 
-def _check_clips(recipe: Recipe, clips: Path) -> None:
+def _check_clips(recipe: Recipe, clips: Path | None) -> None:
     needs = recipe.calibration
     check_clip_set(clips, needs_calibration=needs.clips, needs_held_out=needs.held_out)
 
 
-def check_packages(*, needs_scales: bool) -> None:
-    """Find out before the work whether everything that it needs is installed.
+def check_packages(where: str, *names: str) -> None:
+    """Find out before the work whether what it needs is installed.
+
+    Args:
+        where: the verb, for the message.
+        names: modules.
 
     Raises:
-        MissingDependencyError: something is not.
+        MissingDependencyError: one is not.
     """
-    for name in ("modelopt", "matplotlib") if needs_scales else ("matplotlib",):
+    for name in names:
         if find_spec(name) is None:
             raise MissingDependencyError(
                 f"quantising needs a package that is not installed: {name}",
-                where="build",
+                where=where,
                 fix="pip install 'stts-export[quantize]'",
             )
+
+
+def likely_recipe(target: str, config: ModelConfig) -> Recipe:
+    """A recipe such as a search may find, to see before whether a build is possible at all.
+
+    Args:
+        target: see `find_place`.
+        config: of the model.
+
+    Returns:
+        int4 in the decoder, with gates, or the base alone where its widths do not allow that.
+    """
+    base = find_place(target).base
+    recipe = replace(Recipe.load("int4"), base=base)
+    try:
+        weights(config, rules=recipe.plan(config))
+    except InputError:
+        return Recipe.plain(base)
+    return recipe
 
 
 def _searched(
@@ -325,13 +350,14 @@ def _searched(
     on_progress: OnProgress | None,
 ) -> Precision:
     find_place(target)
-    check_packages(needs_scales=True)
-    if clips is not None:
-        _check_clips(Recipe.plain("fp32"), clips)
+    check_packages("build", "modelopt", "matplotlib")
+    recipe = Recipe.plain("fp32")  # which asks for as many clips as the one that is found
+    _check_clips(recipe, clips)
     # What an interrupted search has collected serves the next one.
     work = output.with_name(f"{output.name}.search")
     check_folder(work)  # it is removed once the bundle is written
     answerer = answerer_of(source, reference_model(source), limits.max_frames)
+    check_readable(answerer, clips_of(recipe, clips, work, source.config, on_progress).held_out)
     found = recipe_for_target(
         source,
         target,
@@ -366,7 +392,9 @@ def missed_gates(
 ) -> VerificationError:
     """Say which gates a bundle missed, and what can be done."""
     lines = "; ".join(check.line() for check in report.missed())
-    by_search = "" if report.recipe.startswith(AUTO) else "let --auto find one, "
+    by_search = "let --auto find one, "
+    if report.recipe.startswith(AUTO):
+        by_search = f"search again with other --clips ({output}.search has what was collected), "
     by_force = "write it all the same with --force"
     if force:
         by_force = f"remove {output}, which --force does not replace by one that misses them"

@@ -264,7 +264,7 @@ def calibration_from_checkpoint(
         found = clips_of(recipe, clips, output, source.config, on_progress)
         if answerer is None:
             answerer = answerer_of(source, reference_model(source), max_frames)
-        check_held_out(answerer, found)
+        check_readable(answerer, (*found.calibration, *found.held_out))
     except InputError:
         if is_new:
             shutil.rmtree(output, ignore_errors=True)
@@ -328,13 +328,13 @@ def statistics_of(
     )
 
 
-def check_held_out(answerer: CheckpointAnswerer, clips: ClipSet) -> None:
-    """Decode the clips that are to judge, before hours are spent.
+def check_readable(answerer: CheckpointAnswerer, clips: Sequence[CalibrationClip]) -> None:
+    """Decode clips before hours are spent.
 
     Raises:
         InputError: one cannot be decoded, or is an image.
     """
-    for clip in clips.held_out:
+    for clip in clips:
         read_clip(answerer, clip.video)
 
 

@@ -211,7 +211,7 @@ def open_clip_set(
     return chosen
 
 
-def check_clip_set(clips: Path, *, needs_calibration: int, needs_held_out: int) -> None:
+def check_clip_set(clips: Path | None, *, needs_calibration: int, needs_held_out: int) -> None:
     """Find out whether a set is there, and large enough, without reading a video.
 
     Args and errors as `open_clip_set`.

@@ -7,7 +7,7 @@ same in every graph and variant, so scales are found once and serve all of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -29,6 +29,7 @@ GROUPS = (SCORING, VISION, CONNECTOR, DECODER, HEAD)
 """Names for several layers. `scoring`: blocks whose output the scorer reads, 0 to prune_at; empty
 without a scorer. `vision`: the blocks above. `head`: the decoder's last product."""
 
+_DECODER_HALVES = (("att_proj", "attn_out"), ("ff_proj", "ff_out"))
 NVFP4_BLOCK = 16
 """Weights and inputs that share a scale."""
 
@@ -88,6 +89,34 @@ def protected_layers(config: ModelConfig) -> dict[str, str]:
     if config.vision.pruning is not None:
         protected["vision.scorer.*"] = scores
     return protected
+
+
+def modules_with(layer: str) -> tuple[str, ...]:
+    """Names of the modules that stay fp32 with a layer: one, or two linear layers of the decoder.
+
+    Between the layers of a part, values go on as they are.
+    """
+    parent, _, name = layer.rpartition(".")
+    if layer.startswith("vision.connector."):
+        return ("vision.connector",)
+    for half in _DECODER_HALVES:
+        if name in half:
+            return tuple(f"{parent}.{one}" for one in half)
+    return (layer,) if parent == "language" else (parent,)
+
+
+def fp32_with(names: Collection[str], config: ModelConfig) -> tuple[str, ...]:
+    """Return the layers that stay fp32 beside a half precision when some do: all of a part.
+
+    Args:
+        names: layers that are to stay fp32.
+        config: of the model.
+
+    Returns:
+        These and the others, in the order in which they run.
+    """
+    kept = {module for name in names for module in modules_with(name)}
+    return tuple(name for name in layer_names(config) if kept.issuperset(modules_with(name)))
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stts_export.calibration.layers import layer_names
+from stts_export.calibration.layers import layer_names, modules_with
 from stts_export.calibration.statistics import ModelStatistics
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
-from stts_export.graphs.modules import modules_with
 from stts_export.model.vlm import SttsModel
 from stts_export.tensors import present_names
 

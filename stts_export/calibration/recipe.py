@@ -336,7 +336,7 @@ def is_recipe_of(name_or_path: str, built: Mapping[str, Any]) -> bool:
     Raises:
         InputError: it is a file that is not a recipe.
     """
-    if name_or_path == built["name"]:
+    if name_or_path == built.get("name"):
         return True
     path = Path(name_or_path)
     if name_or_path in recipe_names() or not path.is_file():

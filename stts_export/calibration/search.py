@@ -1,7 +1,7 @@
 """Search for the smallest model that passes the gates: number formats by layer for one target.
 
 Every start quantises all that may be, each part to one format that the target runs. While a gate
-is missed, the layers with the largest errors go back to half precision. Nothing is exported:
+is missed, the layers with the largest errors go back to the base. Nothing is exported:
 candidates run in PyTorch and round as the graphs do.
 """
 

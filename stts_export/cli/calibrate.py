@@ -47,7 +47,8 @@ def run(arguments: Arguments) -> int:
             fix="pass the checkpoint that it was built from",
         )
     recipe = Recipe.load(arguments.recipe)
-    check_packages(needs_scales=any(rule.quantised for rule in recipe.layers))
+    if any(rule.quantised for rule in recipe.layers):
+        check_packages("calibrate", "modelopt")
     source = open_checkpoint(
         arguments.checkpoint, revision=arguments.revision, tokenizer=arguments.tokenizer
     )

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from stts_export.calibration.layers import layer_names
+from stts_export.calibration.layers import layer_names, modules_with
 from stts_export.calibration.rounding import BASE_TYPE
 from stts_export.model.language import Decoder, attention_mask
 from stts_export.model.layers import LayerNorm, RMSNorm
@@ -24,8 +24,6 @@ from stts_export.tensors import (
     VISION_UPPER_FRAMES,
     Precision,
 )
-
-_DECODER_HALVES = (("att_proj", "attn_out"), ("ff_proj", "ff_out"))
 
 
 class VisionLower(nn.Module):
@@ -220,20 +218,6 @@ def model_at(
     cast = _cast(model, "", BASE_TYPE[precision], kept)
     assert isinstance(cast, SttsModel)
     return cast
-
-
-def modules_with(layer: str) -> tuple[str, ...]:
-    """Names of the modules that stay fp32 with a layer: one, or two linear layers of the decoder.
-
-    Between the layers of a part, values go on as they are.
-    """
-    parent, _, name = layer.rpartition(".")
-    if layer.startswith("vision.connector."):
-        return ("vision.connector",)
-    for half in _DECODER_HALVES:
-        if name in half:
-            return tuple(f"{parent}.{one}" for one in half)
-    return (layer,) if parent == "language" else (parent,)
 
 
 def _cast(module: nn.Module, prefix: str, dtype: torch.dtype, kept: Collection[str]) -> nn.Module:

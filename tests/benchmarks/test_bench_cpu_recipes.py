@@ -7,6 +7,9 @@ import pytest
 from benchmarks import bench_cpu_recipes
 from benchmarks.bench_cpu_recipes import PARTS, RECIPES
 from docs import update_tables
+from stts_export.calibration.layers import LARGEST
+from stts_export.calibration.recipe import Recipe
+from tests.helpers import random_model, small_config
 
 
 def test_a_quick_run_measures_every_part_of_every_recipe(tmp_path, capsys, monkeypatch):
@@ -29,11 +32,15 @@ def test_a_quick_run_measures_every_part_of_every_recipe(tmp_path, capsys, monke
     assert all(f"| `{name}` |" in table for name in RECIPES)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_all_layers_of_a_recipe_get_scales(name):
-    from stts_export.calibration.recipe import Recipe
-    from tests.helpers import random_model, small_config
-
+@pytest.mark.parametrize(("name", "form"), [("cpu", "int8"), ("int8", "int8"), ("int4", "int4")])
+def test_scales_map_the_largest_weight_to_the_largest_value(name, form):
     model = random_model(small_config(**{"text_config.hidden_size": 32}))
     plan = Recipe.load(name).plan(model.config)
-    assert set(bench_cpu_recipes.quantised(model, plan)) == set(plan)
+    layer = "language.blocks.0.ff_proj"
+    made = bench_cpu_recipes.quantised(model, plan)[layer]
+    weight = model.get_parameter(f"{layer}.weight").detach().abs()
+    assert made.format == form
+    assert made.weight_scale.shape == ((len(weight), 1) if form == "int4" else (len(weight),))
+    largest = made.weight_scale.max() * LARGEST[made.format]
+    assert largest == pytest.approx(float(weight.max()))
+    assert (made.input_scale is None) == (form == "int4")

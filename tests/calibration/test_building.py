@@ -15,11 +15,13 @@ from filelock import FileLock
 from stts_export import Session, build
 from stts_export.build import BuildSpec, bundle_from_bundle, bundle_from_checkpoint
 from stts_export.bundle import POSITIONS, Bundle, Limits
-from stts_export.calibration import calibrate
+from stts_export.calibration import building, calibrate
 from stts_export.calibration.building import Precision
 from stts_export.calibration.calibrate import Calibration, calibration_from_checkpoint
+from stts_export.calibration.clips import ClipSet
 from stts_export.calibration.quant_report import GATES_FILE
 from stts_export.calibration.recipe import LayerRule, Recipe
+from stts_export.calibration.search import Found
 from stts_export.checkpoint import open_checkpoint
 from stts_export.cli import main
 from stts_export.engines import tensorrt_rtx
@@ -278,6 +280,46 @@ def test_who_builds_for_a_cpu_what_is_slow_there_is_told(
     with pytest.raises(StoppedError):
         bundle_from_checkpoint(checkpoint, tmp_path / "b", BuildSpec(precision=precision))
     assert ("for a CPU take --precision cpu" in caplog.text) == is_slow
+
+
+def test_what_a_search_collected_stays_until_the_bundle_is_written(
+    text_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def searched(source: object, target: str, work: Path, **_: object) -> Found:
+        work.mkdir(exist_ok=True)
+        (work / "statistics").mkdir(exist_ok=True)
+        return Found(Recipe.plain("fp32"), {}, ())
+
+    def fail(*_: object) -> None:
+        raise VerificationError("no")
+
+    no_clips = ClipSet("none", (), ())
+    monkeypatch.setattr(building, "clips_of", lambda *_: no_clips)
+    monkeypatch.setattr(building, "recipe_for_target", searched)
+    checkpoint, output = _checkpoint(text_bundle).folder, tmp_path / "bundle"
+    monkeypatch.setattr(build, "_run", fail)
+    with pytest.raises(VerificationError):
+        bundle_from_checkpoint(checkpoint, output, BuildSpec(auto="cpu"))
+    assert (tmp_path / "bundle.search" / "statistics").is_dir()
+    monkeypatch.setattr(build, "_run", lambda *_: None)
+    bundle_from_checkpoint(checkpoint, output, BuildSpec(auto="cpu"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_broken_clip_to_calibrate_on_leaves_nothing(
+    text_bundle: Path, inputs: Path, tmp_path: Path
+):
+    clips = tmp_path / "clips"
+    shutil.copytree(inputs / "clips", clips)
+    (clips / "1.mp4").write_bytes(b"no video")  # every third is held out
+    with pytest.raises(InputError, match=r"1\.mp4: is not a video"):
+        calibration_from_checkpoint(
+            _checkpoint(text_bundle),
+            Recipe.load(inputs / "recipe.yaml"),
+            tmp_path / "calibration",
+            clips=clips,
+        )
+    assert not (tmp_path / "calibration").exists()
 
 
 def test_a_search_leaves_a_folder_of_others_alone(text_bundle: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stts_export.calibration.layers import layer_names
+from stts_export.calibration.layers import layer_names, modules_with
 from stts_export.calibration.overflow import (
     AT_RISK,
     LARGEST_FP16,
@@ -23,7 +23,6 @@ from stts_export.calibration.statistics import InputStatistics, ModelStatistics
 from stts_export.checkpoint import open_checkpoint, streamed_model
 from stts_export.config import ModelConfig
 from stts_export.errors import InputError
-from stts_export.graphs.modules import modules_with
 from stts_export.model.vlm import SttsModel
 from tests.helpers import random_checkpoint, random_frames, random_model, small_config
 

@@ -287,6 +287,18 @@ def test_layers_whose_width_has_no_blocks_stay_as_they_are(
     assert all(block_of(shapes[f"{name}.weight"][1], 128) >= 16 for name in found.layers)
 
 
+def test_the_ratio_is_no_lower_than_the_bundle_s(
+    answerer: CheckpointAnswerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(search, "clips_of", lambda *_: SimpleNamespace(calibration=()))
+    ratios = []
+    for lowest in (0.0, 0.8):
+        with patch.object(search, "_Search") as made:
+            recipe_for_target(SOURCE, "cpu", tmp_path, answerer=answerer, min_prune_ratio=lowest)
+        ratios += [given for given in made.call_args.args if isinstance(given, float)]
+    assert ratios == [0.5, 0.8]
+
+
 def test_bytes_are_those_of_all_graphs():
     """Without the gaps before large tensors."""
     rules = {name: LayerRule(("*",), "int8", "max") for name in GROUPS[DECODER]}
