@@ -272,9 +272,9 @@ def bundle_from_checkpoint(
                 "build BUNDLE --backend ...` on the machine that engines are for",
                 recipe.name,
             )
-        rules = recipe.plan(source.config).values()
         only_here = plan.manifest_targets == (ONNXRUNTIME,)
-        if only_here and converts_weights(recipe.base, {rule.format for rule in rules}):
+        formats = {rule.format for rule in precision.rules.values()}
+        if only_here and converts_weights(recipe.base, formats):
             log.warning(
                 "ONNX Runtime converts weights of recipe %s on every call, which is slow; for a "
                 "CPU take --precision cpu",

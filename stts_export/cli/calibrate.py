@@ -34,6 +34,7 @@ def options(verb: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Arguments) -> int:
+    from stts_export.build_folder import readable_disk_errors
     from stts_export.bundle import is_bundle
     from stts_export.calibration.building import check_packages
     from stts_export.calibration.calibrate import calibration_from_checkpoint
@@ -53,7 +54,7 @@ def run(arguments: Arguments) -> int:
         arguments.checkpoint, revision=arguments.revision, tokenizer=arguments.tokenizer
     )
     check_tensors(source)
-    with stages() as report:
+    with readable_disk_errors(source.folder, arguments.output), stages() as report:
         made = calibration_from_checkpoint(
             source,
             recipe,

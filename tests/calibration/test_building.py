@@ -361,6 +361,10 @@ def test_calibrate_refuses_before_it_writes(
         (clips / name).write_bytes(name.encode())
     assert ".mp4: is not a video" in refused("--recipe", str(recipe), "--clips", str(clips))
     assert not output.exists()
+    nowhere = tmp_path / "one.mp4" / "calibration"
+    nowhere.parent.write_text("a file")
+    assert main(["calibrate", checkpoint, "--recipe", str(recipe), "-o", str(nowhere)]) == 1
+    assert f"{nowhere}/clips: cannot be written: Not a directory" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert main(["calibrate", checkpoint, "--recipe", str(recipe), "-o", str(tmp_path / "mine")])
