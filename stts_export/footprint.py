@@ -134,9 +134,7 @@ class Plan:
     @property
     def is_quantised(self) -> bool:
         """Whether scales have to be found."""
-        return self.settings.recipe.kv_cache == "int8" or any(
-            rule.quantised for rule in self.rules.values()
-        )
+        return self.settings.recipe.needs_scales(self.rules.values())
 
     @property
     def cache(self) -> int:

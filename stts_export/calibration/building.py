@@ -99,8 +99,7 @@ class Precision:
     @property
     def is_quantised(self) -> bool:
         """Whether scales are needed."""
-        int8_cache = self.recipe.kv_cache == "int8"
-        return int8_cache or any(rule.quantised for rule in self.rules.values())
+        return self.recipe.needs_scales(self.rules.values())
 
     @cached_property
     def answerer(self) -> CheckpointAnswerer:

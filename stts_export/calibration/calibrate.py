@@ -251,7 +251,7 @@ def calibration_from_checkpoint(
         MissingDependencyError: modelopt is not installed.
     """
     plan = recipe.plan(source.config)
-    if recipe.kv_cache == "base" and not any(rule.quantised for rule in plan.values()):
+    if not recipe.needs_scales(plan.values()):
         raise InputError(
             f"recipe {recipe.name} has no layer whose format needs scales",
             where="calibrate",

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -194,8 +194,7 @@ class Recipe:
                     allowed=", ".join(dict.fromkeys((self.base, "fp32", *QUANTISED))),
                     fix=f"let the base be {rule.format}, and name what stays fp32",
                 )
-        quantised = any(rule.quantised for rule in self.layers)
-        if self.gates is None and (quantised or self.kv_cache != "base"):
+        if self.gates is None and self.needs_scales(self.layers):
             raise InputError(
                 "is missing",
                 where="gates",
@@ -293,6 +292,10 @@ class Recipe:
             for name in layer_names(config)
             if name in chosen and chosen[name].format != self.base
         }
+
+    def needs_scales(self, rules: Iterable[LayerRule]) -> bool:
+        """Whether a model has to be calibrated for some of the rules, or for the cache."""
+        return self.kv_cache != "base" or any(rule.quantised for rule in rules)
 
     def _check_shared_input(self, group: tuple[str, ...], chosen: dict[str, LayerRule]) -> None:
         """Refuse layers side by side whose input would have to be quantised in several ways."""
